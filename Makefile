@@ -1,0 +1,54 @@
+PYTHON ?= python3
+PYTHON_ARVIZ1 ?= python3.13
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+TORCH := "$$(grep '^torch==' constraints.txt)"
+# One thread for each worker. The examples of one document share their names, so they stay together.
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check format test-arviz1 clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+venv: .venv/.installed ## .venv, with the versions of constraints.txt
+
+# PyTorch goes first, on its own: then nothing else decides which build of it is taken.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(TORCH)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: venv ## compare the strategies on the radon data
+	$(BIN)/varmeta compare radon --overwrite
+
+test: venv ## the tests and every example in the documentation
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(PYTEST_ARGS)
+
+check: venv ## lint, format and types, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy varmeta
+
+format: venv ## sort imports and format
+	$(BIN)/ruff check --fix-only --select I .
+	$(BIN)/ruff format .
+
+test-arviz1: .venv-arviz1/.installed ## the export tests with ArviZ 1.x (PYTHON_ARVIZ1=python3.12+)
+	OMP_NUM_THREADS=1 .venv-arviz1/bin/python -m pytest tests/test_export.py $(PYTEST_ARGS)
+
+.venv-arviz1/.installed: pyproject.toml constraints.txt
+	@$(PYTHON_ARVIZ1) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
+		{ echo 'ArviZ 1.x needs Python 3.12+: make test-arviz1 PYTHON_ARVIZ1=/path/to/python'; exit 1; }
+	$(PYTHON_ARVIZ1) -m venv .venv-arviz1
+	.venv-arviz1/bin/python -m pip install $(TORCH)
+	.venv-arviz1/bin/python -m pip install 'arviz>=1' -e '.[dev]'
+	touch $@
+
+clean: ## remove caches and builds; the environments and runs/ stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find varmeta tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,277 @@
+"""What every strategy shares: the learned parameters, the state, and the protocol."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varmeta.models.density import Density
+from varmeta.models.prior import GaussianPrior
+from varmeta.posterior import TaskPosterior
+from varmeta.tasks import Tasks, TaskSource
+
+
+class NonFiniteLoss(FloatingPointError):
+    """A task's loss became NaN or infinite; nothing was updated in that step."""
+
+
+@dataclass(eq=False)
+class Meta:
+    """What is learned across tasks: θ0, the scales of Σ, and the shared φ.
+
+    The optimiser sees them in units of the prior that the user wrote, so that one learning rate
+    fits a reaction time of 250 ms and a slope of 0.1 alike.
+
+    Attributes:
+        origin: the prior at the start.
+        density: gives φ its start and units.
+        raw: leaf tensors `loc` `[D]`, `log_scale` `[M]`, `shared` `[P]` and, for a low-rank prior,
+            `factor` `[D, R]`, all zero at the start.
+    """
+
+    origin: GaussianPrior
+    density: Density
+    raw: dict[str, Tensor]
+
+    @classmethod
+    def start(
+        cls,
+        density: Density,
+        prior: GaussianPrior,
+        *,
+        learn_loc: bool = True,
+        learn_scale: bool = True,
+    ) -> Meta:
+        """Everything at its origin; what is not learned needs no gradient."""
+        raw = {
+            "loc": torch.zeros_like(prior.loc).requires_grad_(learn_loc),
+            "log_scale": torch.zeros_like(prior.log_scale).requires_grad_(learn_scale),
+            "shared": torch.zeros_like(density.shared_init).requires_grad_(density.shared_dim > 0),
+        }
+        if prior.factor is not None:
+            raw["factor"] = torch.zeros_like(prior.factor).requires_grad_(learn_scale)
+        return cls(prior, density, raw)
+
+    @property
+    def prior(self) -> GaussianPrior:
+        """N(θ0, Σ) as it stands, differentiable in `raw`."""
+        start, raw = self.origin, self.raw
+        factor = start.factor
+        if factor is not None:
+            factor = factor + start.scale.detach()[:, None] * raw["factor"]
+        return GaussianPrior(
+            start.loc + start.scale.detach() * raw["loc"],
+            start.log_scale + raw["log_scale"],
+            start.groups,
+            factor,
+            start.hyperprior,
+        )
+
+    @property
+    def shared(self) -> Tensor:
+        """φ `[P]`, unconstrained, differentiable in `raw`."""
+        return self.density.shared_init + self.density.shared_scale * self.raw["shared"]
+
+    def leaves(self) -> list[Tensor]:
+        """The tensors that are learned."""
+        return [t for t in self.raw.values() if t.requires_grad]
+
+    def log_prior(self) -> Tensor:
+        """log p(θ0, scales) + log p(φ), nats: what is believed before any task is seen."""
+        return self.prior.hyper_log_prob() + self.density.shared_log_prior(self.shared)
+
+    def fixed(self) -> tuple[GaussianPrior, Tensor]:
+        """Prior and φ without gradients, for adapting."""
+        with torch.no_grad():
+            prior, shared = self.prior, self.shared
+        return prior, shared.detach()
+
+
+@dataclass(eq=False)
+class State:
+    """All that changes while a strategy runs; `state_dict` holds nothing but tensors and numbers.
+
+    Attributes:
+        meta: the learned parameters.
+        optimisers: by name.
+        tensors: what else the strategy keeps (per-task tables, draws).
+        step: steps done.
+        cache: what can be made again from the rest; not saved.
+    """
+
+    meta: Meta
+    optimisers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    step: int = 0
+    cache: dict[str, Any] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For `torch.save`; loads with `weights_only=True`."""
+        return {
+            "step": self.step,
+            "raw": {name: t.detach().clone() for name, t in self.meta.raw.items()},
+            "tensors": {name: t.detach().clone() for name, t in self.tensors.items()},
+            "optimisers": {name: o.state_dict() for name, o in self.optimisers.items()},
+        }
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Into a state that `init` made for the same strategy, model and tasks."""
+        for name, tensor in self.meta.raw.items():
+            if saved["raw"][name].shape != tensor.shape:
+                raise ValueError(
+                    f"the saved {name} has shape {tuple(saved['raw'][name].shape)}, wanted "
+                    f"{tuple(tensor.shape)}: it belongs to another model"
+                )
+        with torch.no_grad():
+            for name, tensor in self.meta.raw.items():
+                tensor.copy_(saved["raw"][name])
+            for name, tensor in saved["tensors"].items():
+                mine = self.tensors.get(name)
+                if mine is not None and mine.shape == tensor.shape:
+                    mine.copy_(tensor)  # in place: an optimiser may hold it
+                else:
+                    self.tensors[name] = tensor.clone()
+        for name, optimiser in self.optimisers.items():
+            optimiser.load_state_dict(saved["optimisers"][name])
+        self.step = saved["step"]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The tasks of one step.
+
+    Attributes:
+        tasks: B of them.
+        index: `[B]` int, their positions among the training tasks.
+        total: how many training tasks there are; infinite for a stream.
+    """
+
+    tasks: Tasks
+    index: Tensor
+    total: float
+
+
+@dataclass(eq=False)
+class StepInfo:
+    """What one step reports.
+
+    Attributes:
+        loss: mean over the batch of the strategy's objective, nats per task.
+        gradients: gradient evaluations of one task's loss, a Hessian-vector product counted as two.
+        stats: per-task diagnostics `[B]`.
+    """
+
+    loss: float
+    gradients: int
+    stats: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Strategy(ABC):
+    """A way to learn the prior from training tasks and to adapt to a task never seen.
+
+    A strategy is a frozen dataclass whose fields are its configuration; `fit` is the only loop.
+    To write one, subclass this and say `init`, `step` and `adapt`.
+    """
+
+    @property
+    def name(self) -> str:
+        """Short name for tables and files."""
+        return type(self).__name__
+
+    @property
+    @abstractmethod
+    def num_steps(self) -> int:
+        """How many steps `fit` takes."""
+
+    def prepare(self, tasks: Tasks | TaskSource, seed: int) -> Tasks | TaskSource:
+        """The tasks as this strategy wants to see them; itself, unless it says otherwise."""
+        return tasks
+
+    @abstractmethod
+    def init(
+        self,
+        density: Density,
+        prior: GaussianPrior,
+        tasks: Tasks | TaskSource,
+        generator: torch.Generator,
+    ) -> State:
+        """The state before the first step."""
+
+    @abstractmethod
+    def step(
+        self, density: Density, state: State, batch: Batch, generator: torch.Generator
+    ) -> StepInfo:
+        """One step on one batch of tasks, changing `state` in place."""
+
+    @abstractmethod
+    def adapt(
+        self, density: Density, state: State, tasks: Tasks, generator: torch.Generator
+    ) -> TaskPosterior:
+        """The posterior of each of these tasks (seen or not) given all of its rows."""
+
+    def posterior(
+        self, density: Density, state: State, tasks: Tasks, generator: torch.Generator
+    ) -> TaskPosterior:
+        """The posterior of the training tasks, when the strategy already holds it."""
+        return self.adapt(density, state, tasks, generator)
+
+
+def map_energy(density: Density, prior: GaussianPrior, tasks: Tasks, shared: Tensor) -> Any:
+    """E_i(θ) = f_i(θ) + ½(θ−θ0)ᵀΛ(θ−θ0), nats: a function `[..., T, D]` to `[..., T]`."""
+
+    def energy(theta: Tensor) -> Tensor:
+        return density.negative_log_likelihood(theta, tasks, shared) + prior.penalty(theta)
+
+    return energy
+
+
+def check_finite(losses: Tensor, tasks: Tasks, step: int) -> None:
+    """Stop before a bad loss spoils anything.
+
+    Raises:
+        NonFiniteLoss: with the name of the first task whose loss is not finite.
+    """
+    bad = (~losses.isfinite()).nonzero()
+    if len(bad):
+        where = int(bad[0, 0])
+        raise NonFiniteLoss(
+            f"step {step}: the loss of task {tasks.names[where]!r} is {float(losses[where])} "
+            f"({len(bad)} of {len(losses)} tasks). Lower the learning rate or step size, tighten "
+            "the model's priors, or check this task's data"
+        )
+
+
+def objective(losses: Tensor, meta: Meta, batch: Batch, step: int) -> Tensor:
+    """Mean task loss minus the log prior's share, nats per task; checked to be finite.
+
+    `losses` is `[B]`; the prior over θ0, scales and φ counts once for all training tasks.
+    """
+    check_finite(losses, batch.tasks, step)
+    return losses.mean() - meta.log_prior() / batch.total
+
+
+def decayed(rate: float, step: int, steps: int) -> float:
+    """Cosine decay of a learning rate from `rate` to 0."""
+    return 0.5 * rate * (1 + math.cos(math.pi * min(step, steps) / steps))
+
+
+def update(
+    optimiser: torch.optim.Optimizer,
+    leaves: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    rate: float,
+) -> None:
+    """One optimiser step with these gradients at this learning rate."""
+    for leaf, grad in zip(leaves, gradients, strict=True):
+        leaf.grad = grad
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    optimiser.step()
+    for leaf in leaves:
+        leaf.grad = None

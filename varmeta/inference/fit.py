@@ -1,0 +1,321 @@
+"""fit: the only outer loop, with its progress bar, checkpoints and exact resume."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from torch import Tensor
+
+from varmeta.inference.base import Batch, State, StepInfo, Strategy
+from varmeta.models.density import Density
+from varmeta.models.prior import GaussianPrior
+from varmeta.posterior import TaskPosterior
+from varmeta.seeds import generator
+from varmeta.tasks import Tasks, TaskSource
+
+_BATCH, _STEP, _ADAPT, _INIT = range(4)  # streams of a fit's seed
+_SECONDS_BETWEEN_CHECKPOINTS = 60.0
+
+
+@dataclass(eq=False)
+class Fit:
+    """A finished (or interrupted) run of one strategy.
+
+    Attributes:
+        strategy: what ran.
+        density: the model.
+        tasks: the training tasks as given.
+        state: the learned state.
+        seed: the seed it ran with.
+        history: one row per step: `step`, `loss` (nats per task), `gradients` (evaluations so far),
+            `seconds`, and the worst `grad_norm` and `residual` over tasks where there are any.
+        stats: per-task diagnostics `[T]` of the last visit to each training task.
+    """
+
+    strategy: Strategy
+    density: Density
+    tasks: Tasks | TaskSource
+    state: State
+    seed: int
+    history: pd.DataFrame
+    stats: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def prior(self) -> GaussianPrior:
+        """The learned N(θ0, Σ), without gradients (NUTS: posterior means of loc and log scale)."""
+        return self.state.meta.fixed()[0]
+
+    @property
+    def shared(self) -> Tensor:
+        """The learned φ `[P]`, unconstrained."""
+        return self.state.meta.fixed()[1]
+
+    @property
+    def finished(self) -> bool:
+        """Whether every step was taken."""
+        return self.state.step >= self.strategy.num_steps
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the steps."""
+        return float(self.history["seconds"].iloc[-1]) if len(self.history) else 0.0
+
+    @property
+    def gradients(self) -> int:
+        """Gradient evaluations of one task's loss, a Hessian-vector product counted as two."""
+        return int(self.history["gradients"].iloc[-1]) if len(self.history) else 0
+
+    def adapt(self, tasks: Tasks) -> TaskPosterior:
+        """The posterior of each task given all of its rows; pass `tasks.support` for the support.
+
+        Raises:
+            ValueError: a task without rows.
+        """
+        tasks.require_rows("tasks")
+        return self.strategy.adapt(
+            self.density, self.state, tasks.unsplit, generator(self.seed, _ADAPT)
+        )
+
+    def posterior(self) -> TaskPosterior:
+        """The posterior of the training tasks given all of their rows.
+
+        Raises:
+            ValueError: the run was on a stream, whose tasks are not kept.
+        """
+        if isinstance(self.tasks, TaskSource):
+            raise ValueError("a stream's tasks are not kept; use fit.adapt(tasks) with your tasks")
+        return self.strategy.posterior(
+            self.density, self.state, self.tasks.unsplit, generator(self.seed, _ADAPT)
+        )
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the state and history; tensors and numbers only, loadable with `weights_only`."""
+        saved = {
+            "state": self.state.state_dict(),
+            "seed": self.seed,
+            "strategy": repr(self.strategy),
+            "history": {str(k): v.tolist() for k, v in self.history.items()},
+            "stats": self.stats,
+        }
+        target = Path(path)
+        part = target.with_name(target.name + ".part")  # never a half-written file under the name
+        torch.save(saved, part)
+        part.replace(target)
+
+
+def fit(
+    strategy: Strategy,
+    density: Density,
+    tasks: Tasks | TaskSource,
+    *,
+    prior: GaussianPrior | None = None,
+    batch_size: int | None = None,
+    seed: int = 0,
+    checkpoint: str | PathLike[str] | None = None,
+    progress: bool | None = None,
+    on_step: Callable[[int, StepInfo], None] | None = None,
+) -> Fit:
+    """Learn the prior from `tasks` with `strategy`.
+
+    Strategies that need a query part use the tasks' own split, or cross-validate; the others use
+    all rows. The same seed gives the same result, interrupted or not.
+
+    Args:
+        strategy: its `num_steps` says how long.
+        density: the model.
+        tasks: training tasks, or a stream of them.
+        prior: default `GaussianPrior.from_density(density)`.
+        batch_size: random tasks per step; all if None.
+        seed: of everything random.
+        checkpoint: a file that is written about once a minute, on Ctrl-C and at the end. If it
+            exists the run goes on from there.
+        progress: show a progress bar; None for "when the output is a terminal".
+        on_step: called after each step.
+
+    Raises:
+        ValueError: a task without support rows, a batch size out of range, a checkpoint of another
+            strategy or seed.
+        NonFiniteLoss: with the task's name; the checkpoint holds the step before.
+        KeyboardInterrupt: after the checkpoint is written, with how to resume.
+    """
+    (tasks.batch(0) if isinstance(tasks, TaskSource) else tasks).require_rows("tasks")
+    training = strategy.prepare(tasks, seed)
+    if isinstance(training, Tasks) and batch_size and not 0 < batch_size <= len(training):
+        raise ValueError(f"batch_size must lie between 1 and {len(training)}, got {batch_size}")
+    prior = prior or GaussianPrior.from_density(density)
+    if prior.dim != density.dim:
+        raise ValueError(f"prior has {prior.dim} coordinates, the density {density.dim}")
+    state = strategy.init(density, prior, training, generator(seed, _INIT))
+    run = _Run(strategy, density, tasks, training, state, seed, batch_size)
+    path = Path(checkpoint) if checkpoint is not None else None
+    if path is not None and path.exists():
+        run.load(path)
+    try:
+        run.loop(path, progress, on_step)
+    except KeyboardInterrupt:
+        if path is None:
+            raise
+        run.result().save(path)
+        raise KeyboardInterrupt(
+            f"stopped after step {state.step} of {strategy.num_steps}; everything done is in "
+            f"{path}. Call fit again with the same arguments to resume"
+        ) from None
+    except FloatingPointError:
+        if path is not None:
+            run.result().save(path)
+        raise
+    result = run.result()
+    if path is not None:
+        result.save(path)
+    _report(result)
+    return result
+
+
+class _Run:
+    """One run of the loop: what it needs and what it gathers."""
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        density: Density,
+        tasks: Tasks | TaskSource,
+        training: Tasks | TaskSource,
+        state: State,
+        seed: int,
+        batch_size: int | None,
+    ) -> None:
+        self.strategy, self.density, self.tasks, self.training = strategy, density, tasks, training
+        self.state, self.seed, self.batch_size = state, seed, batch_size
+        self.rows: list[dict[str, float]] = []
+        self.stats: dict[str, Tensor] = {}
+
+    def loop(
+        self,
+        path: Path | None,
+        progress: bool | None,
+        on_step: Callable[[int, StepInfo], None] | None,
+    ) -> None:
+        total, state = self.strategy.num_steps, self.state
+        last = self.rows[-1] if self.rows else {"seconds": 0.0, "gradients": 0.0}
+        seconds, gradients = last["seconds"], last["gradients"]
+        saved = time.monotonic()
+        with _bar(progress) as bar:
+            line = bar.add_task(self.strategy.name, total=total, completed=state.step, note="")
+            while state.step < total:
+                start = time.perf_counter()
+                batch = self._batch(state.step)
+                info = self.strategy.step(
+                    self.density, state, batch, generator(self.seed, _STEP, state.step)
+                )
+                state.step += 1
+                seconds += time.perf_counter() - start
+                gradients += info.gradients
+                self._record(info, batch, seconds, gradients)
+                bar.update(line, completed=state.step, note=_note(self.rows[-1]))
+                if on_step is not None:
+                    on_step(state.step, info)
+                if path is not None and time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
+                    self.result().save(path)
+                    saved = time.monotonic()
+
+    def result(self) -> Fit:
+        history = pd.DataFrame(self.rows)
+        return Fit(
+            self.strategy, self.density, self.tasks, self.state, self.seed, history, self.stats
+        )
+
+    def load(self, path: Path) -> None:
+        saved = torch.load(path, weights_only=True)
+        for name, mine in (("strategy", repr(self.strategy)), ("seed", self.seed)):
+            if saved[name] != mine:
+                raise ValueError(
+                    f"checkpoint {path} is of {name} {saved[name]}, wanted {mine}; remove the file "
+                    "or name another"
+                )
+        self.state.load_state_dict(saved["state"])
+        self.rows = pd.DataFrame(saved["history"]).to_dict("records")  # type: ignore[assignment]
+        self.stats = saved["stats"]
+
+    def _batch(self, step: int) -> Batch:
+        if isinstance(self.training, TaskSource):
+            tasks = self.training.batch(step)
+            return Batch(tasks, torch.arange(len(tasks)), float("inf"))
+        count = len(self.training)
+        if self.batch_size is None or self.batch_size == count:
+            return Batch(self.training, torch.arange(count), count)
+        index = torch.randperm(count, generator=generator(self.seed, _BATCH, step))
+        index = index[: self.batch_size].sort().values
+        return Batch(self.training.select(index), index, count)
+
+    def _record(self, info: StepInfo, batch: Batch, seconds: float, gradients: float) -> None:
+        row: dict[str, float] = {
+            "step": self.state.step,
+            "loss": info.loss,
+            "gradients": gradients,
+            "seconds": seconds,
+        }
+        for name in ("grad_norm", "residual"):
+            if name in info.stats:
+                row[name] = float(info.stats[name].max())
+        self.rows.append(row)
+        if isinstance(self.training, TaskSource):
+            self.stats = dict(info.stats)
+            return
+        for name, value in info.stats.items():
+            if name not in self.stats:
+                fill = float("nan") if value.is_floating_point() else 0
+                self.stats[name] = value.new_full((len(self.training),), fill)
+            self.stats[name][batch.index] = value.detach()
+
+
+def _bar(progress: bool | None) -> Progress:
+    console = Console(stderr=True)
+    hidden = not console.is_terminal if progress is None else not progress
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=hidden,
+    )
+
+
+def _note(row: dict[str, float]) -> str:
+    note = f"loss {row['loss']:.4g}"
+    return note + (f"  residual {row['residual']:.1e}" if "residual" in row else "")
+
+
+def _report(result: Fit) -> None:
+    """Say in plain words what went wrong inside, if anything did."""
+    stats: dict[str, Any] = result.stats
+    said = []
+    for key, bad, text in (
+        ("converged", lambda s: ~s, "did not reach the inner minimiser's tolerance: raise its "
+         "max_iterations"),
+        ("negative_curvature", lambda s: s, "met negative curvature in the implicit solve, so the "
+         "inner problem is not at a minimum there: raise the minimiser's max_iterations, or start "
+         "from a tighter prior"),
+    ):
+        if key in stats and bool(bad(stats[key]).any()):
+            count, total = int(bad(stats[key]).sum()), len(stats[key])
+            said.append(f"{count} of {total} tasks {text}")
+    if said:
+        warnings.warn(f"{result.strategy.name}: " + "; ".join(said), RuntimeWarning, stacklevel=3)

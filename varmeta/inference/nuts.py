@@ -1,0 +1,313 @@
+"""Pyro's own NUTS on the hierarchy: the reference that the fast strategies are held against.
+
+The full posterior of θ0, the scales, φ and every θ_i (Hoffman & Gelman, 2014), in the non-centred
+form of `varmeta.models.hierarchy`. A task that was not in the run is adapted to by importance
+resampling: for each draw of (θ0, Σ, φ), proposals from Student's t around the task's mode, weighted
+by p(y|θ, φ) p(θ|θ0, Σ) / q(θ); this includes what the new task itself says of the prior.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.infer import NUTS
+from torch import Tensor
+
+from varmeta.inference.base import Batch, Meta, State, StepInfo, Strategy, check_finite
+from varmeta.inference.fit import fit
+from varmeta.inference.joint import JointVariational
+from varmeta.inference.laplace import laplace_scale
+from varmeta.inference.minimise import NewtonCG
+from varmeta.models.capture import CapturedGradient
+from varmeta.models.density import Density
+from varmeta.models.hierarchy import hierarchy
+from varmeta.models.prior import GaussianPrior
+from varmeta.models.sites import pyro_untouched, validation_off
+from varmeta.posterior import Draws, TaskPosterior
+from varmeta.seeds import global_rng
+from varmeta.tasks import Tasks, TaskSource
+
+_QUICK_STEPS = 400
+_MAX_DIM = 3000
+_FREEDOM = 5  # degrees of freedom of the proposals: tails heavier than any posterior met here
+
+
+@dataclass(frozen=True)
+class PyroNUTS(Strategy):
+    """NUTS on the hierarchical model, one chain after the other, one transition a step.
+
+    Interrupted runs keep their draws; a chain resumed from a checkpoint goes on from its last
+    position with the step size that it had, or warms up again if it had not finished doing so.
+
+    Attributes:
+        draws: kept per chain.
+        warmup: transitions per chain in which the step size adapts.
+        chains: number of chains.
+        target_accept: acceptance probability that the step size aims at. The mass matrix is dense
+            and fixed: the inverse curvature at a quick Gaussian fit, where each chain starts.
+        proposals: per hyperparameter draw and new task.
+    """
+
+    draws: int = 500
+    warmup: int = 100
+    chains: int = 2
+    target_accept: float = 0.8
+    proposals: int = 10
+
+    @property
+    def num_steps(self) -> int:
+        """Transitions of all chains, warm-up included."""
+        return self.chains * (self.warmup + self.draws)
+
+    def prepare(self, tasks: Tasks | TaskSource, seed: int) -> Tasks:
+        """All rows of the tasks; a stream has no end to condition on."""
+        if isinstance(tasks, TaskSource):
+            raise ValueError("PyroNUTS needs Tasks, not an endless TaskSource")
+        return tasks.unsplit
+
+    def init(
+        self,
+        density: Density,
+        prior: GaussianPrior,
+        tasks: Tasks | TaskSource,
+        generator: torch.Generator,
+    ) -> State:
+        """No draws yet."""
+        meta = Meta.start(density, prior)
+        like = prior.loc.detach()
+        total = self.chains * self.draws
+        tensors = {
+            "theta": like.new_zeros(total, len(tasks.names), density.dim),  # type: ignore[union-attr]
+            "loc": like.new_zeros(total, density.dim),
+            "log_scale": like.new_zeros(total, len(prior.log_scale)),
+            "shared": like.new_zeros(total, density.shared_dim),
+            "diverging": torch.zeros(total, dtype=torch.bool, device=like.device),
+        }
+        return State(meta, tensors=tensors)
+
+    def step(
+        self, density: Density, state: State, batch: Batch, generator: torch.Generator
+    ) -> StepInfo:
+        """One transition of the current chain."""
+        if len(batch.tasks) != batch.total:
+            raise ValueError("PyroNUTS needs all tasks in every step; leave batch_size unset")
+        chain, position = divmod(state.step, self.warmup + self.draws)
+        with pyro_untouched(), validation_off(), global_rng(generator):
+            if position == 0 or "kernel" not in state.cache:
+                self._start(density, state, batch.tasks, position)
+            kernel, counter = state.cache["kernel"], state.cache["counter"]
+            before, divergences = counter[0], len(kernel._divergences)
+            z = kernel.sample(state.cache["z"])
+            state.cache["z"] = z
+            check_finite(kernel._potential_energy_last.reshape(1), batch.tasks, state.step)
+            if position >= self.warmup:
+                row = chain * self.draws + position - self.warmup
+                diverged = len(kernel._divergences) > divergences
+                self._keep(density, state, z, row, diverged)
+        if state.step + 1 == self.num_steps:
+            self._finish(state)
+        loss = float(kernel._potential_energy_last) / len(batch.tasks)
+        return StepInfo(loss, (counter[0] - before) * len(batch.tasks))
+
+    def adapt(
+        self, density: Density, state: State, tasks: Tasks, generator: torch.Generator
+    ) -> TaskPosterior:
+        """Importance resampling over the draws of θ0, Σ and φ."""
+        loc, scale = state.tensors["loc"], state.tensors["log_scale"].exp()
+        scale = scale[:, state.meta.origin.groups]
+        count, dim, total = len(tasks), density.dim, len(loc)
+        shared = state.tensors["shared"][:, None].expand(-1, count, -1)
+
+        def energy(theta: Tensor) -> Tensor:  # [..., S, T, D] to [..., S, T]
+            offset = (theta - loc[:, None]) / scale[:, None]
+            phi = shared.expand(*theta.shape[:-1], -1)
+            fit = density.negative_log_likelihood(theta, tasks, phi)
+            return fit + 0.5 * (offset**2).sum(-1) + scale.log().sum(-1)[:, None]
+
+        def flat(theta: Tensor) -> Tensor:  # one task per (draw, task)
+            return energy(theta.reshape(total, count, dim)).reshape(-1)
+
+        start = loc[:, None].expand(-1, count, -1).reshape(-1, dim)
+        minimum = NewtonCG().minimise(flat, start)
+        names = tuple(f"{name}, draw {s}" for s in range(total) for name in tasks.names)
+        tril = laplace_scale(flat, minimum.theta, names)
+        like: dict[str, Any] = {"generator": generator, "dtype": loc.dtype, "device": loc.device}
+        noise = torch.randn(self.proposals, total * count, dim, **like)
+        chi2 = torch.randn(self.proposals, total * count, _FREEDOM, **like).square().sum(-1)
+        noise = noise / (chi2 / _FREEDOM).sqrt()[..., None]
+        theta = minimum.theta + (tril @ noise[..., None])[..., 0]
+        log_q = -0.5 * (_FREEDOM + dim) * torch.log1p(noise.square().sum(-1) / _FREEDOM)
+        log_q = log_q - tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        theta = theta.reshape(self.proposals, total, count, dim)
+        with torch.no_grad():
+            log_w = -energy(theta) - log_q.reshape(self.proposals, total, count)
+        weights = log_w.flatten(0, 1).softmax(0)  # [K·S, T]
+        pick = torch.multinomial(weights.T, total, replacement=True, generator=generator).T
+        drawn = theta.flatten(0, 1).gather(0, pick[..., None].expand(-1, -1, dim))
+        columns = torch.arange(count, device=pick.device)
+        phi = shared[pick % total, columns]
+        ess = 1 / weights.square().sum(0)
+        stats = {"importance_ess": ess, "iterations": minimum.iterations.reshape(total, -1).amax(0)}
+        if bool((ess < 100).any()):
+            worst = int(ess.argmin())
+            warnings.warn(
+                f"task {tasks.names[worst]!r} is adapted to by only {float(ess[worst]):.0f} "
+                "effective draws: raise proposals or draws, or include the task in the NUTS run",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return Draws(density, tasks.names, phi, drawn, stats=stats)
+
+    def posterior(
+        self, density: Density, state: State, tasks: Tasks, generator: torch.Generator
+    ) -> TaskPosterior:
+        """The draws of the training tasks."""
+        count = len(tasks)
+        return Draws(
+            density,
+            tasks.names,
+            state.tensors["shared"][:, None].expand(-1, count, -1),
+            state.tensors["theta"],
+            self.chains,
+        )
+
+    # -- private ----------------------------------------------------------------------------------
+
+    def _start(self, density: Density, state: State, tasks: Tasks, position: int) -> None:
+        """A kernel at the start of a chain, or where a saved chain left off."""
+        model = hierarchy(density, state.meta.origin, tasks)
+        kept = state.tensors
+        resumed = position > self.warmup
+        kernel = NUTS(
+            model,
+            step_size=float(kept["step_size"]) if resumed else 0.1,
+            adapt_step_size=not resumed,
+            adapt_mass_matrix=False,
+            full_mass=True,
+            target_accept_prob=self.target_accept,
+        )
+        kernel.setup(0 if resumed else self.warmup - position)
+        potential, shapes = kernel.potential_fn, {n: v.shape for n, v in kernel.initial_params.items()}
+        flat = torch.cat([v.reshape(-1) for v in kernel.initial_params.values()])
+        flat = flat.to(state.meta.origin.loc)
+        if len(flat) > _MAX_DIM:
+            raise ValueError(
+                f"the hierarchy has {len(flat)} coordinates; PyroNUTS is a reference for problems "
+                f"of up to {_MAX_DIM} (it keeps a dense mass matrix). Leave tasks out, or leave "
+                "PyroNUTS out"
+            )
+        counter = [0]
+        program = CapturedGradient(
+            lambda *v: potential(dict(zip(shapes, v, strict=True))), [*_split(flat, shapes).values()]
+        )
+
+        def counted(z: dict[str, Tensor]) -> Tensor:
+            counter[0] += 1
+            return program(*(z[name] for name in shapes))
+
+        if resumed:
+            flat, inverse_mass = kept["position"], kept["inverse_mass"]
+        else:
+            flat = self._approximate(density, state, tasks, kernel)
+            inverse_mass = _inverse_curvature(lambda v: counted(_split(v, shapes)), flat)
+            flat = flat + torch.linalg.cholesky(inverse_mass) @ torch.randn_like(flat)
+        kernel.mass_matrix_adapter.inverse_mass_matrix = {
+            key: inverse_mass for key in kernel.inverse_mass_matrix
+        }
+        kernel.potential_fn = counted
+        z = _split(flat, shapes)
+        if not resumed:  # Pyro chose its first step size before it was given the mass matrix
+            kernel._adapter.reset_step_size_adaptation(z)
+        state.cache = {"kernel": kernel, "counter": counter, "z": z, "model": model}
+
+    def _approximate(
+        self, density: Density, state: State, tasks: Tasks, kernel: NUTS
+    ) -> Tensor:
+        """Where a chain starts: the middle of a quick Gaussian fit of the same hierarchy.
+
+        The joint mode would not do: in these coordinates it lies at huge scales, without pooling.
+        """
+        if "start" not in state.tensors:
+            quick = fit(
+                JointVariational(steps=_QUICK_STEPS),
+                density,
+                tasks,
+                prior=state.meta.origin,
+                progress=False,
+            )
+            prior, shared = quick.state.meta.fixed()
+            z = (quick.posterior().mean - prior.loc) / prior.scale
+            values = {"loc": prior.loc, "scale": prior.log_scale.exp(), "z": z}
+            for name, value in density.constrain_shared(shared).items():
+                values[f"shared_{name}"] = value
+            parts = [
+                kernel.transforms[n](values[n]) if n in kernel.transforms else values[n]
+                for n in kernel.initial_params
+            ]
+            state.tensors["start"] = torch.cat([p.reshape(-1) for p in parts])
+        return state.tensors["start"]
+
+    def _keep(
+        self, density: Density, state: State, z: dict[str, Tensor], row: int, diverged: bool
+    ) -> None:
+        kernel = state.cache["kernel"]
+        values = {n: kernel.transforms[n].inv(v) if n in kernel.transforms else v for n, v in z.items()}
+        conditioned = poutine.condition(state.cache["model"], data=values)
+        with torch.no_grad():
+            theta = poutine.trace(conditioned).get_trace().nodes["theta"]["value"]
+        shared = [s.unconstrain(values[f"shared_{s.name}"]) for s in density.shared_sites]
+        kept = state.tensors
+        kept["theta"][row] = theta
+        kept["loc"][row] = values["loc"]
+        kept["log_scale"][row] = values["scale"].log()
+        if shared:
+            kept["shared"][row] = torch.cat([s.reshape(-1) for s in shared])
+        kept["diverging"][row] = diverged
+        kept["position"] = torch.cat([v.detach().reshape(-1) for v in z.values()])
+        kept["step_size"] = torch.as_tensor(kernel.step_size)
+        kept["inverse_mass"] = next(iter(kernel.inverse_mass_matrix.values())).clone()
+
+    def _finish(self, state: State) -> None:
+        """θ0, scales and φ of the state: their posterior means."""
+        meta, kept = state.meta, state.tensors
+        with torch.no_grad():
+            meta.raw["loc"].copy_((kept["loc"].mean(0) - meta.origin.loc) / meta.origin.scale)
+            meta.raw["log_scale"].copy_(kept["log_scale"].mean(0) - meta.origin.log_scale)
+            offset = kept["shared"].mean(0) - meta.density.shared_init
+            meta.raw["shared"].copy_(offset / meta.density.shared_scale)
+        bad = int(kept["diverging"].sum())
+        if bad:
+            warnings.warn(
+                f"{bad} of {len(kept['diverging'])} NUTS transitions diverged: the posterior has a "
+                "region that the sampler cannot enter; raise target_accept (0.95, 0.99)",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+
+def _split(flat: Tensor, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """A flat vector to the kernel's dictionary, in the kernel's order."""
+    parts = flat.split([shape.numel() for shape in shapes.values()])
+    return {n: p.reshape(shapes[n]) for n, p in zip(shapes, parts, strict=True)}
+
+
+def _inverse_curvature(potential: Callable[[Tensor], Tensor], position: Tensor) -> Tensor:
+    """|∇²U|⁻¹ `[n, n]` at the start, by central differences of the recorded gradient."""
+    width = 1e-4 if position.dtype == torch.float64 else 1e-2
+    rows = []
+    for j in range(len(position)):
+        slopes = []
+        for sign in (1, -1):
+            moved = position.clone()
+            moved[j] += sign * width
+            moved.requires_grad_()
+            slopes.append(torch.autograd.grad(potential(moved), moved)[0])
+        rows.append((slopes[0] - slopes[1]) / (2 * width))
+    dense = torch.stack(rows)
+    values, vectors = torch.linalg.eigh(0.5 * (dense + dense.T))
+    return (vectors / values.abs().clamp(min=1e-6 * values.abs().max())) @ vectors.T

@@ -1,0 +1,119 @@
+"""The two trivial answers, as references: every task on its own, and all tasks as one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from varmeta.inference.base import Batch, Meta, State, StepInfo, Strategy, check_finite
+from varmeta.inference.joint import JointVariational
+from varmeta.inference.laplace import laplace_scale
+from varmeta.inference.minimise import Minimiser, NewtonCG
+from varmeta.models.density import Density
+from varmeta.models.prior import GaussianPrior
+from varmeta.posterior import Draws, TaskPosterior
+from varmeta.tasks import Tasks, TaskSource
+
+
+@dataclass(frozen=True)
+class NoPooling(JointVariational):
+    """Every task on its own: the prior stays as the user wrote it, nothing is learned across tasks.
+
+    Shared sites (`Density(shared=...)`) are shared by definition and still learned. This is
+    `JointVariational` with θ0 and the scales held fixed.
+    """
+
+    learn_loc: bool = False
+    learn_scale: bool | None = False
+
+    @property
+    def name(self) -> str:
+        """`NoPooling`."""
+        return "NoPooling"
+
+
+@dataclass(frozen=True)
+class CompletePooling(Strategy):
+    """All tasks as one: a single θ for every task, seen or not.
+
+    The mode of −Σ_i log p(y_i | θ, φ) − log p(θ) − log p(φ), with the user's own priors, and the
+    Gaussian of its curvature there. `adapt` returns it for any task and learns nothing from it.
+
+    Attributes:
+        minimiser: for the one problem of D + P parameters.
+        draws: posterior draws kept.
+    """
+
+    minimiser: Minimiser = field(default_factory=NewtonCG)
+    draws: int = 1000
+
+    @property
+    def num_steps(self) -> int:
+        """1: the whole problem is solved in one step."""
+        return 1
+
+    def prepare(self, tasks: Tasks | TaskSource, seed: int) -> Tasks:
+        """All rows of the tasks; a stream has no end to pool over."""
+        if isinstance(tasks, TaskSource):
+            raise ValueError("CompletePooling needs Tasks, not an endless TaskSource")
+        return tasks.unsplit
+
+    def init(
+        self,
+        density: Density,
+        prior: GaussianPrior,
+        tasks: Tasks | TaskSource,
+        generator: torch.Generator,
+    ) -> State:
+        """Nothing learned yet."""
+        meta = Meta.start(density, prior, learn_scale=False)
+        total = density.dim + density.shared_dim
+        empty = torch.zeros(self.draws, total, dtype=prior.loc.dtype, device=prior.loc.device)
+        return State(meta, tensors={"draws": empty})
+
+    def step(
+        self, density: Density, state: State, batch: Batch, generator: torch.Generator
+    ) -> StepInfo:
+        """Solve it."""
+        meta, dim = state.meta, density.dim
+        units = torch.cat([meta.origin.scale, density.shared_scale])
+        origin = torch.cat([meta.origin.loc, density.shared_init])
+
+        def energy(u: Tensor) -> Tensor:  # [1, D + P] in units of the user's prior
+            theta, shared = (origin + units * u[0]).split([dim, density.shared_dim])
+            fit = density.negative_log_likelihood(
+                theta.expand(len(batch.tasks), -1), batch.tasks, shared
+            )
+            check_finite(fit, batch.tasks, state.step)
+            return (fit.sum() + meta.origin.penalty(theta) - density.shared_log_prior(shared))[None]
+
+        minimum = self.minimiser.minimise(energy, torch.zeros_like(origin)[None])
+        tril = laplace_scale(energy, minimum.theta, ("all tasks",))[0]
+        noise = torch.randn(
+            *state.tensors["draws"].shape, generator=generator, dtype=units.dtype, device=units.device
+        )
+        state.tensors["draws"] = origin + units * (minimum.theta[0] + noise @ tril.T)
+        with torch.no_grad():
+            meta.raw["loc"].copy_(minimum.theta[0, :dim])
+            meta.raw["shared"].copy_(minimum.theta[0, dim:])
+        loss = float(energy(minimum.theta).detach()) / len(batch.tasks)
+        count = len(batch.tasks) * (minimum.gradients + 2 * len(origin))
+        stats = {"grad_norm": minimum.grad_norm.expand(len(batch.tasks))}
+        return StepInfo(loss, count, stats)
+
+    def adapt(
+        self, density: Density, state: State, tasks: Tasks, generator: torch.Generator
+    ) -> TaskPosterior:
+        """The same posterior for every task."""
+        theta, shared = state.tensors["draws"].split([density.dim, density.shared_dim], dim=-1)
+        count = len(tasks)
+        return Draws(
+            density,
+            tasks.names,
+            shared[:, None].expand(-1, count, -1),
+            theta[:, None].expand(-1, count, -1),
+        )
+
+

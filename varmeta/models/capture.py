@@ -1,0 +1,119 @@
+"""Capture: replay a batched Pyro model as a plain tensor program, once it has been seen often."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Program = Callable[..., Any]
+_CALLS_BEFORE_CAPTURE = 50  # tracing costs as much as a few hundred calls save; one-offs never pay
+_KEPT_SHAPES = 32
+
+
+class Captured:
+    """A pure tensor function that drops its Python overhead after some calls of the same shapes.
+
+    Pyro's handlers cost as much as the arithmetic of a small model. The tensor operations below
+    them are recorded once per shape; the recording is then replayed without Pyro. It is used only
+    where it reproduces the function's value and gradient exactly on the arguments at hand (a model
+    that reads Python state or draws random numbers would not); otherwise the function itself goes
+    on being called.
+    """
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        self.function = function
+        self._calls: OrderedDict[Any, int] = OrderedDict()
+        self._programs: dict[Any, Program] = {}
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        """The function's value, differentiable in `tensors`."""
+        key = tuple((t.shape, t.dtype, t.device) for t in tensors)
+        program = self._programs.get(key)
+        if program is None:
+            program = self.function
+            self._calls[key] = self._calls.pop(key, 0) + 1
+            if len(self._calls) > _KEPT_SHAPES:
+                oldest, _ = self._calls.popitem(last=False)
+                self._programs.pop(oldest, None)
+            if self._calls[key] >= _CALLS_BEFORE_CAPTURE:
+                recorded = record(self.function, tensors)
+                if recorded is not None and _equal(
+                    _gradients(recorded, tensors), _gradients(self.function, tensors)
+                ):
+                    program = recorded
+                self._programs[key] = program
+        out: Tensor = program(*tensors)
+        return out
+
+
+class CapturedGradient:
+    """A scalar function and its gradient as one recorded program (first derivatives only).
+
+    Args:
+        function: tensors to a scalar.
+        tensors: arguments of the shapes that will be used.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], tensors: Sequence[Tensor]) -> None:
+        def both(*arguments: Tensor) -> list[Tensor]:
+            return _gradients(function, arguments)
+
+        self._program = record(both, tensors) or both
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        """The function's value, with the recorded gradient attached."""
+        value: Tensor = _Attach.apply(self._program, *tensors)
+        return value
+
+
+class _Attach(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, program: Program, *tensors: Tensor) -> Tensor:
+        value, *grads = program(*tensors)
+        ctx.save_for_backward(*grads)
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *seed: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *(seed[0] * grad for grad in ctx.saved_tensors))
+
+
+def record(function: Program, tensors: Sequence[Tensor]) -> Program | None:
+    """The function's tensor operations as a program, or None if it cannot be told apart from one
+    that does more (it must return the same on these tensors, bit for bit)."""
+    from torch.fx.experimental.proxy_tensor import make_fx  # a second to import: only when used
+
+    plain = [t.detach() for t in tensors]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = make_fx(function)(*plain)
+        program.graph.eliminate_dead_code()
+        program.recompile()
+        same = _equal(program(*plain), function(*plain))
+    except (RuntimeError, NotImplementedError, TypeError):
+        return None  # an operation that cannot be recorded
+    return program if same else None
+
+
+def _equal(a: Any, b: Any) -> bool:
+    first, second = ([x] if isinstance(x, Tensor) else list(x) for x in (a, b))
+    return all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+def _gradients(function: Program, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Sum of the values, and its gradient in every floating argument (0 where there is none)."""
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
+        value = function(*leaves).sum()
+        wanted = [t for t in leaves if t.requires_grad]
+        grads = torch.autograd.grad(value, wanted, allow_unused=True)
+    return [
+        value.detach(),
+        *(torch.zeros_like(t) if g is None else g for g, t in zip(grads, wanted, strict=True)),
+    ]

@@ -1,0 +1,326 @@
+"""Density: an ordinary Pyro model of one task, as a batched log-likelihood of flat parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+
+from varmeta.models.capture import Captured
+from varmeta.models.sites import Model, pyro_untouched, read_sites, validation_off
+from varmeta.seeds import global_rng
+from varmeta.tasks import Tasks, TaskSource
+
+
+class Density:
+    """The likelihood of a Pyro model of one task, for all tasks at once.
+
+    The model is called as `model(x, y)` with one task's `x` `[N, *input_shape]` and `y`
+    `[N, *target_shape]`, and as `model(x, None)` to predict. Its latent sites become the columns of
+    flat unconstrained parameters θ `[T, D]`; the prior that the user wrote at each of them is
+    replaced by the learned N(θ0, Σ), which starts from it (`GaussianPrior.from_density`). Latents
+    named in `shared`, and every `pyro.param` or module parameter, have one value φ `[P]` for all
+    tasks: shared latents keep the user's own prior, params have a flat one.
+
+    Args:
+        model: a Pyro model (a function or a `PyroModule`) of one task.
+        tasks: any tasks of the kind that it will see; only the first is used, to find the sites.
+        shared: latent sites with one value for all tasks.
+
+    Raises:
+        ValueError: the model cannot be a model of one task; the message says why and what to do.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def school(x, y=None):
+        ...     effect = pyro.sample("effect", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("rows", x.shape[0]):
+        ...         return pyro.sample("y", dist.Normal(effect, x[:, 0]), obs=y)
+        >>> tasks = Tasks.from_list([(torch.tensor([[15.0]]), torch.tensor([28.0])),
+        ...                          (torch.tensor([[10.0]]), torch.tensor([8.0]))])
+        >>> density = Density(school, tasks)
+        >>> density.negative_log_likelihood(torch.zeros(2, 1), tasks)
+        tensor([5.3692, 3.5415])
+    """
+
+    def __init__(
+        self, model: Model, tasks: Tasks | TaskSource, *, shared: Sequence[str] = ()
+    ) -> None:
+        if isinstance(shared, str):
+            raise ValueError(f"shared must be a list of site names, got the string {shared!r}")
+        example = (tasks.batch(0) if isinstance(tasks, TaskSource) else tasks).select([0])
+        x, y = example.inputs[0], example.targets[0]
+        self.model = model
+        self.target_shape = y.shape[1:]
+        self.input_shape = x.shape[1:]
+        sites, self.observed = read_sites(model, x, y, shared)
+        self.sites = tuple(s for s in sites if s.role == "adapted")
+        self.shared_sites = tuple(s for s in sites if s.role != "adapted")
+        self._batched: dict[tuple[int, bool], Captured] = {}
+        self._check_influence(x, y)
+
+    # -- what there is ----------------------------------------------------------------------------
+
+    @property
+    def dim(self) -> int:
+        """D, the number of unconstrained coordinates that adapt to a task."""
+        return sum(site.size for site in self.sites)
+
+    @property
+    def shared_dim(self) -> int:
+        """P, the number of unconstrained coordinates with one value for all tasks."""
+        return sum(site.size for site in self.shared_sites)
+
+    @property
+    def prior_loc(self) -> Tensor:
+        """`[D]`, location of the user's own prior on the unconstrained scale."""
+        return torch.cat([site.loc for site in self.sites])
+
+    @property
+    def prior_scale(self) -> Tensor:
+        """`[D]`, standard deviation of the user's own prior on the unconstrained scale."""
+        return torch.cat([site.scale for site in self.sites])
+
+    @property
+    def shared_init(self) -> Tensor:
+        """`[P]`, where the shared values start: their prior's location, or the param's value."""
+        return torch.cat([self.prior_loc.new_zeros(0), *(s.loc for s in self.shared_sites)])
+
+    @property
+    def shared_scale(self) -> Tensor:
+        """`[P]`, standard deviation of the shared latents' prior, 1 for a param."""
+        return torch.cat([self.prior_loc.new_zeros(0), *(s.scale for s in self.shared_sites)])
+
+    @property
+    def site_index(self) -> Tensor:
+        """`[D]` int, the number of the adapted site that each coordinate belongs to."""
+        return torch.cat([torch.full((s.size,), k) for k, s in enumerate(self.sites)])
+
+    def site_table(self) -> pd.DataFrame:
+        """One row per site: name, role, shape, unconstrained size, support, the user's prior, and
+        its location and scale on the unconstrained scale (averaged over the site)."""
+        return pd.DataFrame(
+            [
+                {
+                    "site": site.name,
+                    "role": site.role,
+                    "shape": tuple(site.shape),
+                    "size": site.size,
+                    "support": _support(site),
+                    "prior": "flat" if site.prior is None else _describe(site.prior),
+                    "loc": float(site.loc.mean()),
+                    "scale": float(site.scale.mean()),
+                }
+                for site in (*self.sites, *self.shared_sites)
+            ]
+        )
+
+    def __repr__(self) -> str:
+        return f"Density({self.dim} adapted, {self.shared_dim} shared)\n" + str(self.site_table())
+
+    # -- evaluating -------------------------------------------------------------------------------
+
+    def log_likelihood(self, theta: Tensor, tasks: Tasks, shared: Tensor | None = None) -> Tensor:
+        """log p(y_n | θ, φ) of every row, nats; 0 where a row is padding.
+
+        Args:
+            theta: `[..., T, D]`; leading dimensions are draws or particles.
+            tasks: T tasks of N rows.
+            shared: `[P]`, or `[..., T, P]` when it differs between draws; `shared_init` if None.
+
+        Returns:
+            `[..., T, N]`.
+
+        Raises:
+            ValueError: theta or shared of another shape.
+        """
+        shared = self.shared_init if shared is None else shared
+        self._check_shapes(theta, tasks, shared)
+        key = (theta.dim() - 2, shared.dim() > 1)
+        if key not in self._batched:
+            self._batched[key] = Captured(_nested_vmap(self._pointwise, *key))
+        out = self._batched[key](theta, shared, tasks.inputs, tasks.targets)
+        return torch.where(tasks.mask, out, 0.0)
+
+    def negative_log_likelihood(
+        self, theta: Tensor, tasks: Tasks, shared: Tensor | None = None
+    ) -> Tensor:
+        """f_i(θ_i): the sum over rows of −log p(y_n | θ_i, φ), nats; `[..., T, D]` to `[..., T]`."""
+        return -self.log_likelihood(theta, tasks, shared).sum(-1)
+
+    def shared_log_prior(self, shared: Tensor) -> Tensor:
+        """log p(φ) under the user's own priors of the shared latents, nats; `[P]` to a scalar.
+
+        The density is that of the constrained values (no Jacobian), so that its mode does not
+        depend on the transform.
+        """
+        total = shared.new_zeros(())
+        for site, flat in zip(self.shared_sites, self._split(shared, "shared"), strict=True):
+            if site.prior is not None:
+                with validation_off():
+                    total = total + site.prior.log_prob(site.constrain(flat)).sum()
+        return total
+
+    def constrain(self, theta: Tensor) -> dict[str, Tensor]:
+        """Flat `[..., D]` to `{site: [..., *shape]}` on the model's own scale."""
+        parts = self._split(theta, "adapted")
+        return {s.name: s.constrain(p) for s, p in zip(self.sites, parts, strict=True)}
+
+    def constrain_shared(self, shared: Tensor) -> dict[str, Tensor]:
+        """Flat `[..., P]` to `{site: [..., *shape]}` on the model's own scale."""
+        parts = self._split(shared, "shared")
+        return {s.name: s.constrain(p) for s, p in zip(self.shared_sites, parts, strict=True)}
+
+    def unconstrain(self, values: dict[str, Tensor]) -> Tensor:
+        """`{site: [..., *shape]}` to flat `[..., D]`; the inverse of `constrain`."""
+        return torch.cat([s.unconstrain(values[s.name]) for s in self.sites], dim=-1)
+
+    def predict(
+        self,
+        theta: Tensor,
+        tasks: Tasks,
+        generator: torch.Generator,
+        shared: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Draws of the observed sites given parameters: `{site: [..., T, N, *target_shape]}`.
+
+        Rows of padding hold draws too; mask them with `tasks.mask`. A few distributions (Student's
+        t, the multivariate normal) cannot be drawn from inside `vmap`; models with these are run
+        draw by draw, which is slow.
+        """
+        shared = self.shared_init if shared is None else shared
+        self._check_shapes(theta, tasks, shared)
+        call = _nested_vmap(self._simulate, theta.dim() - 2, shared.dim() > 1, random=True)
+        with torch.no_grad(), global_rng(generator):
+            try:
+                return dict(call(theta, shared, tasks.inputs))
+            except RuntimeError as error:
+                if "randomness" not in str(error):
+                    raise
+            each = theta.reshape(-1, self.dim)
+            phi = shared.expand(*theta.shape[:-1], -1).reshape(len(each), -1)
+            data = tasks.inputs.expand(*theta.shape[:-2], *tasks.inputs.shape).flatten(
+                0, theta.dim() - 2
+            )
+            draws = [self._simulate(*row) for row in zip(each, phi, data, strict=True)]
+            return {
+                name: torch.stack([draw[name] for draw in draws]).unflatten(0, theta.shape[:-1])
+                for name in self.observed
+            }
+
+    # -- private ----------------------------------------------------------------------------------
+
+    def _pointwise(self, theta: Tensor, shared: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """One task: `[D]`, `[P]` and its data to `[N]` nats."""
+        trace = self._trace(theta, shared, x, y)
+        with validation_off():
+            trace.compute_log_prob(lambda name, site: name in self.observed)
+        total = sum(trace.nodes[n]["log_prob"].reshape(-1, len(y)).sum(0) for n in self.observed)
+        assert isinstance(total, Tensor)
+        return total
+
+    def _simulate(self, theta: Tensor, shared: Tensor, x: Tensor) -> dict[str, Tensor]:
+        with _PlainSample():
+            trace = self._trace(theta, shared, x, None)
+        missing = [name for name in self.observed if name not in trace.nodes]
+        if missing:
+            raise ValueError(f"model has no site {missing[0]!r} when y is None; sample it there too")
+        return {name: trace.nodes[name]["value"] for name in self.observed}
+
+    def _trace(self, theta: Tensor, shared: Tensor, x: Tensor, y: Tensor | None) -> Any:
+        values = self.constrain(theta)
+        shared_values = self.constrain_shared(shared)
+        params = {s.name: shared_values[s.name] for s in self.shared_sites if s.role == "param"}
+        values |= {name: v for name, v in shared_values.items() if name not in params}
+        inside = {s.parameter: params[s.name] for s in self.shared_sites if s.parameter}
+
+        def run(x: Tensor, y: Tensor | None) -> Any:
+            if inside:
+                return torch.func.functional_call(self.model, inside, (x, y))
+            return self.model(x, y)
+
+        model = poutine.substitute(poutine.condition(run, data=values), data=params)
+        # block: when Pyro itself runs the hierarchy, its handlers must not see this task's sites.
+        with poutine.block(), pyro_untouched(), validation_off():
+            return poutine.trace(model).get_trace(x, y)
+
+    def _split(self, flat: Tensor, which: str) -> tuple[Tensor, ...]:
+        sites = self.sites if which == "adapted" else self.shared_sites
+        return torch.split(flat, [site.size for site in sites], dim=-1) if sites else ()
+
+    def _check_shapes(self, theta: Tensor, tasks: Tasks, shared: Tensor) -> None:
+        if theta.dim() < 2 or tuple(theta.shape[-2:]) != (len(tasks), self.dim):
+            raise ValueError(
+                f"theta has shape {tuple(theta.shape)}, wanted [..., {len(tasks)}, {self.dim}]: "
+                "the last two dimensions are tasks and coordinates"
+            )
+        wanted = (self.shared_dim,) if shared.dim() == 1 else (*theta.shape[:-1], self.shared_dim)
+        if tuple(shared.shape) != wanted:
+            raise ValueError(f"shared has shape {tuple(shared.shape)}, wanted {wanted}")
+        got = (tuple(tasks.inputs.shape[2:]), tuple(tasks.targets.shape[2:]))
+        if got != (tuple(self.input_shape), tuple(self.target_shape)):
+            raise ValueError(
+                f"tasks has rows of x and y of shapes {got}, the density was built for "
+                f"{(tuple(self.input_shape), tuple(self.target_shape))}"
+            )
+
+    def _check_influence(self, x: Tensor, y: Tensor) -> None:
+        """Every site must reach the likelihood: a silent zero gradient is never wanted."""
+        start = [self.prior_loc, self.shared_init]
+        before = self._pointwise(*start, x, y)
+        for k, sites in enumerate((self.sites, self.shared_sites)):
+            offset = 0
+            for site in sites:
+                moved = [flat.clone() for flat in start]
+                moved[k][offset : offset + site.size] += site.scale
+                offset += site.size
+                if torch.equal(before, self._pointwise(*moved, x, y)):
+                    raise ValueError(
+                        f"{site.role} site {site.name!r} does not reach the observed site "
+                        f"{self.observed[0]!r}. A latent that only feeds another latent's prior "
+                        "has no place in a model of one task (the learned prior takes it). For "
+                        "parameters of a module to be learned, the module itself must be the model "
+                        "(a PyroModule with forward(x, y)), or be lifted by varmeta.models.network"
+                    )
+
+
+class _PlainSample(Messenger):
+    """Draw with `sample`, which `vmap` can batch for more distributions than Pyro's `rsample`."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["value"] is None and not msg["is_observed"]:
+            msg["value"] = msg["fn"].sample()
+            msg["done"] = True
+
+
+def _nested_vmap(function: Any, draws: int, per_draw: bool, random: bool = False) -> Any:
+    """`function(θ, φ, *data)` over tasks, then over each leading dimension of draws."""
+    randomness = "different" if random else "error"
+    data = 1 if random else 2
+    for level in range(draws + 1):
+        over_data = 0 if level == 0 else None
+        dims = (0, 0 if per_draw else None, *[over_data] * data)
+        function = torch.vmap(function, in_dims=dims, randomness=randomness)
+    return function
+
+
+def _support(site: Site) -> str:
+    constraint = site.transform.codomain
+    while hasattr(constraint, "base_constraint"):
+        constraint = constraint.base_constraint
+    return str(constraint).removesuffix("()")
+
+
+def _describe(prior: Any) -> str:
+    base = prior
+    while hasattr(base, "base_dist") and type(base).__name__ in ("Independent", "ExpandedDistribution"):
+        base = base.base_dist
+    names = list(base.arg_constraints)
+    values = [torch.as_tensor(getattr(base, n)).float().mean().item() for n in names]
+    return f"{type(base).__name__}({', '.join(f'{v:g}' for v in values)})"
+

@@ -1,0 +1,65 @@
+"""The hierarchy as one ordinary Pyro model, so that Pyro's own inference runs on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from varmeta.models.density import Density
+from varmeta.models.prior import GaussianPrior
+from varmeta.tasks import Tasks
+
+
+def hierarchy(
+    density: Density, prior: GaussianPrior, tasks: Tasks, *, centred: bool = False
+) -> Callable[[], Tensor]:
+    """θ0, scales and φ from their hyperpriors, θ_i ~ N(θ0, Σ) in a plate, y_i ~ the user's model.
+
+    Sites: `loc` `[D]`; `scale` `[M]`; `shared_<name>` for each shared latent, with the user's own
+    prior; `theta` `[T, D]`, a deterministic function of `z ~ N(0, I)` unless `centred`. Returned is
+    θ. The model takes no arguments: `pyro.infer.NUTS(hierarchy(density, prior, tasks))`.
+
+    Raises:
+        ValueError: no hyperprior (a flat one has no Bayesian answer), a low-rank prior, or a model
+            with params, which have no prior of their own.
+    """
+    belief = prior.hyperprior
+    if belief is None:
+        raise ValueError(
+            "prior has no hyperprior; build it with GaussianPrior.from_density(hyperprior=True)"
+        )
+    if prior.factor is not None:
+        raise ValueError("hierarchy takes a diagonal prior; build it with rank=0")
+    params = [site.name for site in density.shared_sites if site.prior is None]
+    if params:
+        raise ValueError(
+            f"{params[0]!r} is a param and has no prior; make it a pyro.sample site to be able to "
+            "draw from its posterior"
+        )
+
+    def model() -> Tensor:
+        loc = pyro.sample("loc", dist.Normal(belief.loc, belief.width).to_event(1))
+        scale = pyro.sample("scale", dist.HalfNormal(belief.scale_width).to_event(1))
+        parts = [
+            site.unconstrain(
+                pyro.sample(f"shared_{site.name}", site.prior.to_event(len(site.prior.batch_shape)))
+            )
+            for site in density.shared_sites
+        ]
+        shared = torch.cat([loc.new_zeros(0), *parts], dim=-1)
+        sd = scale[..., prior.groups]
+        with pyro.plate("tasks", len(tasks), dim=-1):
+            if centred:
+                theta = pyro.sample("theta", dist.Normal(loc, sd).to_event(1))
+            else:
+                z = pyro.sample("z", dist.Normal(torch.zeros_like(loc), 1.0).to_event(1))
+                theta = pyro.deterministic("theta", loc + sd * z, event_dim=1)
+        rows = density.log_likelihood(theta, tasks, shared)
+        pyro.factor("likelihood", rows.sum())
+        return theta
+
+    return model

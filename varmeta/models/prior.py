@@ -1,0 +1,227 @@
+"""The Gaussian prior with learned mean and scales that all tasks share: θ_i ~ N(θ0, Σ)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from varmeta.models.density import Density
+
+Grouping = Literal["coordinate", "site", "all"]
+
+
+@dataclass(frozen=True, eq=False)
+class Hyperprior:
+    """What is believed of θ0 and the scales before any task is seen.
+
+    θ0_j ~ N(loc_j, width_j²) and scale_m ~ HalfNormal(scale_width_m), densities over the scale
+    itself. Both are taken from the prior that the user wrote for one task: a task's parameter can
+    lie as far out as that prior says, be it because θ0 does or because the task does.
+
+    Attributes:
+        loc: `[D]`.
+        width: `[D]`, positive.
+        scale_width: `[M]`, positive, one per learned scale.
+    """
+
+    loc: Tensor
+    width: Tensor
+    scale_width: Tensor
+
+    def log_prob(self, loc: Tensor, scale: Tensor) -> Tensor:
+        """Scalar, nats: log p(θ0 = loc) + log p(scales), normalised."""
+        normal = -0.5 * ((loc - self.loc) / self.width) ** 2 - self.width.log()
+        half = -0.5 * (scale / self.scale_width) ** 2 - self.scale_width.log()
+        constant = 0.5 * math.log(2 * math.pi)
+        return (normal - constant).sum() + (half - constant + math.log(2)).sum()
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianPrior:
+    """N(loc, Σ) with Σ = diag(scale²) [+ factor factorᵀ], over flat unconstrained parameters.
+
+    Attributes:
+        loc: `[D]`, θ0.
+        log_scale: `[M]`, one learned log standard deviation per group of coordinates.
+        groups: `[D]` int, which of the M scales each coordinate uses.
+        factor: `[D, R]`, low-rank part of Σ; None for a diagonal Σ.
+        hyperprior: belief about loc and scales, or None for a flat one.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+
+    loc: Tensor
+    log_scale: Tensor
+    groups: Tensor
+    factor: Tensor | None = None
+    hyperprior: Hyperprior | None = None
+
+    def __post_init__(self) -> None:
+        dim = self.loc.shape[-1]
+        if self.groups.shape != (dim,):
+            raise ValueError(
+                f"groups has shape {tuple(self.groups.shape)}, wanted ({dim},): one per coordinate"
+            )
+        if int(self.groups.max()) >= len(self.log_scale) or int(self.groups.min()) < 0:
+            raise ValueError(
+                f"groups names scale {int(self.groups.max())}, log_scale has {len(self.log_scale)}"
+            )
+        if self.factor is not None and self.factor.shape[0] != dim:
+            raise ValueError(f"factor has shape {tuple(self.factor.shape)}, wanted ({dim}, rank)")
+
+    @classmethod
+    def create(
+        cls,
+        loc: Tensor,
+        scale: float | Sequence[float] | Tensor,
+        *,
+        groups: Tensor | None = None,
+        factor: Tensor | None = None,
+        hyperprior: Hyperprior | None = None,
+    ) -> GaussianPrior:
+        """A prior from standard deviations: one number, or one per coordinate (or per group).
+
+        Raises:
+            ValueError: a scale that is not positive and finite.
+
+        Example:
+            >>> GaussianPrior.create(torch.zeros(3), 0.5).scale
+            tensor([0.5000, 0.5000, 0.5000])
+        """
+        sd = torch.atleast_1d(torch.as_tensor(scale, dtype=loc.dtype, device=loc.device))
+        if not bool(((sd > 0) & sd.isfinite()).all()):
+            raise ValueError(
+                f"scale must be positive and finite, got {sd.min().item():g}; "
+                "it is a standard deviation"
+            )
+        if groups is None:
+            if len(sd) not in (1, len(loc)):
+                raise ValueError(f"scale has {len(sd)} entries, wanted 1 or {len(loc)}")
+            groups = torch.arange(len(loc)) if len(sd) == len(loc) else torch.zeros(len(loc)).long()
+        return cls(loc, sd.log(), groups.to(loc.device), factor, hyperprior)
+
+    @classmethod
+    def from_density(
+        cls,
+        density: Density,
+        *,
+        scales: Grouping = "site",
+        rank: int = 0,
+        hyperprior: bool = True,
+    ) -> GaussianPrior:
+        """Start from the prior that the user's model states for one task.
+
+        θ0 starts at each site's prior location and the scale at its prior standard deviation, both
+        on the unconstrained scale (`density.site_table()` shows them).
+
+        Args:
+            density: the model.
+            scales: one learned scale per `"coordinate"`, per `"site"` (default), or one for
+                `"all"` coordinates. A group's scale starts at its coordinates' geometric mean.
+            rank: number of columns of the low-rank part; it starts small and, since identical
+                columns would stay identical, different in each column.
+            hyperprior: keep the user's prior as a weak belief about θ0 and the scales
+                (`Hyperprior`); False for a flat one.
+        """
+        if scales == "coordinate":
+            groups = torch.arange(density.dim)
+        elif scales == "site":
+            groups = density.site_index
+        elif scales == "all":
+            groups = torch.zeros(density.dim, dtype=torch.long)
+        else:
+            raise ValueError(f"scales must be 'coordinate', 'site' or 'all', got {scales!r}")
+        groups = groups.to(density.prior_loc.device)
+        loc, width = density.prior_loc, density.prior_scale
+        count = int(groups.max()) + 1
+        total = torch.zeros(count, dtype=width.dtype, device=width.device)
+        log_scale = total.index_add(0, groups, width.log()) / groups.bincount(minlength=count)
+        factor = None
+        if rank:
+            phase = torch.arange(density.dim, dtype=width.dtype, device=width.device)[:, None]
+            wave = torch.arange(1, rank + 1, dtype=width.dtype, device=width.device)
+            factor = 0.1 * width[:, None] * torch.cos(math.pi * (phase + 0.5) * wave / density.dim)
+        belief = Hyperprior(loc, width, log_scale.exp()) if hyperprior else None
+        return cls(loc, log_scale, groups, factor, belief)
+
+    @property
+    def dim(self) -> int:
+        """D, the number of coordinates."""
+        return self.loc.shape[-1]
+
+    @property
+    def scale(self) -> Tensor:
+        """`[D]`, standard deviation of each coordinate without the low-rank part."""
+        return self.log_scale.exp()[self.groups]
+
+    def precision_mv(self, v: Tensor) -> Tensor:
+        """Λv for v of shape `[..., D]`; Woodbury where there is a low-rank part."""
+        inverse = self.scale**-2
+        out = v * inverse
+        if self.factor is not None:
+            right = (out @ self.factor)[..., None]
+            inner = torch.cholesky_solve(right, self._capacitance())[..., 0]
+            out = out - (inner @ self.factor.T) * inverse
+        return out
+
+    def precision(self) -> Tensor:
+        """Λ as a `[D, D]` matrix, for small D."""
+        return self.precision_mv(torch.eye(self.dim, dtype=self.loc.dtype, device=self.loc.device))
+
+    def penalty(self, theta: Tensor) -> Tensor:
+        """½(θ−θ0)ᵀΛ(θ−θ0), nats: `[..., D]` to `[...]`."""
+        offset = theta - self.loc
+        return 0.5 * (offset * self.precision_mv(offset)).sum(-1)
+
+    def log_det(self) -> Tensor:
+        """Scalar, log det Σ."""
+        out = 2 * self.scale.log().sum()
+        if self.factor is not None:
+            out = out + 2 * self._capacitance().diagonal().log().sum()
+        return out
+
+    def log_prob(self, theta: Tensor) -> Tensor:
+        """log N(θ; θ0, Σ), nats: `[..., D]` to `[...]`."""
+        constant = self.dim * math.log(2 * math.pi) + self.log_det()
+        return -self.penalty(theta) - 0.5 * constant
+
+    def kl(self, mean: Tensor, sd: Tensor) -> Tensor:
+        """KL[N(mean, diag(sd²)) ‖ N(θ0, Σ)], nats: two `[..., D]` to `[...]`."""
+        inverse = self.scale**-2
+        if self.factor is not None:
+            root = torch.linalg.solve_triangular(
+                self._capacitance(), (self.factor * inverse[:, None]).T, upper=False
+            )
+            inverse = inverse - (root**2).sum(0)
+        trace = (sd**2 * inverse).sum(-1)
+        return (
+            self.penalty(mean) + 0.5 * (trace - self.dim + self.log_det()) - sd.log().sum(-1)
+        )
+
+    def sample(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        """Draws of shape `[*shape, D]`, differentiable in loc and scales."""
+        like = {"generator": generator, "dtype": self.loc.dtype, "device": self.loc.device}
+        out = self.loc + self.scale * torch.randn(*shape, self.dim, **like)
+        if self.factor is not None:
+            out = out + torch.randn(*shape, self.factor.shape[1], **like) @ self.factor.T
+        return out
+
+    def hyper_log_prob(self) -> Tensor:
+        """Scalar, nats: the hyperprior's log density of (loc, scales); 0 without one."""
+        if self.hyperprior is None:
+            return self.loc.new_zeros(())
+        return self.hyperprior.log_prob(self.loc, self.log_scale.exp())
+
+    def _capacitance(self) -> Tensor:
+        """Cholesky factor of I + FᵀS⁻²F, `[R, R]`."""
+        assert self.factor is not None
+        weighted = self.factor / self.scale[:, None]
+        eye = torch.eye(weighted.shape[1], dtype=weighted.dtype, device=weighted.device)
+        return torch.linalg.cholesky(eye + weighted.T @ weighted)

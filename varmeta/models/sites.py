@@ -1,0 +1,242 @@
+"""Reading a Pyro model: which latents and parameters it has, their shapes, supports and priors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import biject_to
+
+from varmeta.seeds import generator, global_rng
+
+Model = Callable[..., Any]
+_PRIOR_DRAWS = 4001
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One latent or parameter of the model.
+
+    Attributes:
+        name: the site's name in the model.
+        role: `"adapted"` (one value per task), `"shared"` (a latent with one value for all tasks)
+            or `"param"` (a `pyro.param` or module parameter, one value for all tasks).
+        shape: shape of its value.
+        unconstrained_shape: shape of its unconstrained value.
+        transform: unconstrained to constrained (`torch.distributions.biject_to`).
+        prior: the distribution that the user wrote, None for a param.
+        loc: flat unconstrained location of that prior, or a param's initial value.
+        scale: flat unconstrained standard deviation of that prior, 1 for a param.
+        parameter: for a plain `nn.Parameter` of the model (itself a module), its name in there.
+    """
+
+    name: str
+    role: Literal["adapted", "shared", "param"]
+    shape: torch.Size
+    unconstrained_shape: torch.Size
+    transform: Any
+    prior: Any
+    loc: Tensor
+    scale: Tensor
+    parameter: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of unconstrained coordinates."""
+        return self.unconstrained_shape.numel()
+
+    def constrain(self, flat: Tensor) -> Tensor:
+        """`[..., size]` unconstrained to `[..., *shape]`."""
+        return self.transform(flat.reshape(flat.shape[:-1] + self.unconstrained_shape))
+
+    def unconstrain(self, value: Tensor) -> Tensor:
+        """`[..., *shape]` to `[..., size]` unconstrained."""
+        batch = value.shape[: value.dim() - len(self.shape)]
+        return self.transform.inv(value).reshape(batch + (self.size,))
+
+
+@contextmanager
+def pyro_untouched() -> Iterator[None]:
+    """Run Pyro code with an empty parameter store, and leave the user's store as it was."""
+    with pyro.get_param_store().scope():
+        yield
+
+
+@contextmanager
+def validation_off() -> Iterator[None]:
+    """Pyro's and PyTorch's checks off (they cannot run inside `vmap`), then as they were."""
+    torch_flag = torch.distributions.Distribution._validate_args
+    try:
+        with pyro.validation_enabled(False):
+            yield
+    finally:
+        torch.distributions.Distribution.set_default_validate_args(torch_flag)
+
+
+def probe(model: Model, x: Tensor, y: Tensor | None, seed: int = 0) -> Any:
+    """One trace of the model on one task, global random state and parameter store left alone."""
+    with pyro_untouched(), global_rng(generator(seed)), _DataType(x):
+        try:
+            return poutine.trace(model).get_trace(x, y)
+        except Exception as error:
+            raise ValueError(
+                f"model failed on one task with x of shape {tuple(x.shape)} and y "
+                f"{None if y is None else tuple(y.shape)}: {type(error).__name__}: {error}"
+            ) from error
+
+
+class _DataType(Messenger):
+    """Latents and params take the data's floating type, as they do in every later evaluation."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.dtype = _float_type(x)
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if not msg["is_observed"] and msg["value"].is_floating_point():
+            msg["value"] = msg["value"].to(self.dtype)
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        msg["value"] = msg["value"].to(self.dtype)
+
+
+def _float_type(x: Tensor) -> torch.dtype:
+    return x.dtype if x.is_floating_point() else torch.get_default_dtype()
+
+
+def read_sites(
+    model: Model, x: Tensor, y: Tensor, shared: Sequence[str]
+) -> tuple[list[Site], list[str]]:
+    """The model's sites and the names of its observed sites.
+
+    Raises:
+        ValueError: whatever cannot be a task model: no observed or no latent site, a discrete
+            latent, a latent whose shape follows the data or whose prior depends on another latent,
+            sites that change from run to run, a likelihood without one value per row.
+    """
+    trace, again = probe(model, x, y, 0), probe(model, x, y, 1)
+    longer = probe(model, torch.cat([x, x[:1]]), torch.cat([y, y[:1]]), 0)
+    observed = [name for name in trace.observation_nodes if not _is_plate(trace.nodes[name])]
+    if not observed:
+        raise ValueError(
+            "model has no observed site; pass the targets with pyro.sample(..., obs=y)"
+        )
+    names = {n for n in trace.stochastic_nodes if not _is_plate(trace.nodes[n])}
+    if names != {n for n in again.stochastic_nodes if not _is_plate(again.nodes[n])}:
+        raise ValueError("model has latent sites that change from run to run; wanted a fixed set")
+    for name in shared:
+        if name not in names:
+            raise ValueError(
+                f"shared: no latent site {name!r}; the model has: {', '.join(sorted(names))}"
+            )
+    _check_pointwise(trace, observed, len(y))
+    sites = []
+    for name, node in trace.nodes.items():
+        if node["type"] == "param":
+            sites.append(_param_site(name, node, x, model))
+        elif name in names:
+            _check_latent(name, node, longer, len(y))
+            site = _latent_site(name, node, "shared" if name in shared else "adapted", x)
+            other = _latent_site(name, again.nodes[name], site.role, x)
+            if not (torch.allclose(site.loc, other.loc) and torch.allclose(site.scale, other.scale)):
+                raise ValueError(
+                    f"the prior of latent {name!r} changes with another latent; varmeta puts a "
+                    "learned Gaussian prior over each latent, so write plain priors and leave the "
+                    "hierarchy to it"
+                )
+            sites.append(site)
+    if not any(site.role == "adapted" for site in sites):
+        raise ValueError(
+            "model has no latent site that adapts to a task; write at least one "
+            "pyro.sample(name, prior) that is not listed in shared"
+        )
+    return sites, observed
+
+
+def _check_latent(name: str, node: Any, longer: Any, rows: int) -> None:
+    if node["fn"].support.is_discrete:
+        raise ValueError(
+            f"latent {name!r} is discrete; varmeta adapts by gradients: sum it out in the model "
+            "(a mixture distribution), or make it continuous"
+        )
+    shape = tuple(node["value"].shape)
+    if name not in longer.nodes or tuple(longer.nodes[name]["value"].shape) != shape:
+        got = tuple(longer.nodes[name]["value"].shape) if name in longer.nodes else "no site"
+        raise ValueError(
+            f"latent {name!r} has shape {shape} with {rows} rows and {got} with {rows + 1}: its "
+            "shape follows the data. Sample it outside the plate over rows (a PyroSample must be "
+            "read before the plate is entered)"
+        )
+
+
+def _check_pointwise(trace: Any, observed: Sequence[str], rows: int) -> None:
+    for name in observed:
+        node = trace.nodes[name]
+        shape = tuple(node["fn"].log_prob(node["value"]).shape)
+        if not shape or shape[-1] != rows:
+            raise ValueError(
+                f"observed site {name!r} has a log-likelihood of shape {shape} for {rows} rows; "
+                f"wanted one value per row, shape ({rows},): put it in a plate over rows, with "
+                ".to_event(k) for targets of k dimensions"
+            )
+
+
+def _latent_site(name: str, node: Any, role: Any, like: Tensor) -> Site:
+    fn = node["fn"]
+    transform = biject_to(fn.support)
+    value = node["value"].detach()
+    loc, scale = _location_and_scale(fn, transform, value)
+    return Site(
+        name,
+        role,
+        value.shape,
+        transform.inv(value).shape,
+        transform,
+        fn,
+        loc.to(dtype=_float_type(like), device=like.device).flatten(),
+        scale.to(dtype=_float_type(like), device=like.device).flatten(),
+    )
+
+
+def _param_site(name: str, node: Any, like: Tensor, model: Model) -> Site:
+    constraint = node["kwargs"].get("constraint", torch.distributions.constraints.real)
+    transform = biject_to(constraint)
+    value = node["value"].detach()
+    loc = transform.inv(value)
+    flat = loc.to(dtype=_float_type(like), device=like.device).flatten()
+    # Pyro announces a module's plain nn.Parameters but ignores what its handlers answer: these are
+    # swapped inside the module instead. They are recognised by identity.
+    owned = dict(model.named_parameters()) if isinstance(model, torch.nn.Module) else {}
+    inside = next((k for k, p in owned.items() if any(p is a for a in node["args"])), None)
+    one = torch.ones_like(flat)
+    return Site(name, "param", value.shape, loc.shape, transform, None, flat, one, inside)
+
+
+def _location_and_scale(fn: Any, transform: Any, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation where the prior is unconstrained and has them; else median and
+    half the central 68% range of draws on the unconstrained scale, which heavy tails have too."""
+    if torch.equal(transform.inv(value), value):
+        try:
+            mean, sd = fn.mean.expand(value.shape), fn.stddev.expand(value.shape)
+        except NotImplementedError:
+            pass
+        else:
+            if bool(mean.isfinite().all()) and bool((sd.isfinite() & (sd > 0)).all()):
+                return mean.detach(), sd.detach()
+    with global_rng(generator(0)):
+        draws = transform.inv(fn.sample((_PRIOR_DRAWS,)))
+    low, mid, high = draws.quantile(
+        torch.tensor([0.1587, 0.5, 0.8413], dtype=draws.dtype, device=draws.device), dim=0
+    )
+    return mid, 0.5 * (high - low)
+
+
+def _is_plate(node: Any) -> bool:
+    return type(node["fn"]).__name__ == "_Subsample"

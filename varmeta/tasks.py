@@ -1,0 +1,391 @@
+"""Tasks: small related data sets as padded tensors, each with a support and a query part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from varmeta.seeds import generator
+
+
+@dataclass(frozen=True, eq=False)
+class Tasks:
+    """T related data sets, ragged groups padded to a common number of rows N.
+
+    Build one with `from_frame`, `from_csv` or `from_list`; the constructor itself takes tensors
+    that are padded already. Padding repeats a row of the same task, so that a model evaluated on it
+    stays finite; `mask` says which rows exist, and every loss in varmeta counts those alone.
+
+    Attributes:
+        inputs: `[T, N, *input_shape]`, what the model of one task receives as `x`.
+        targets: `[T, N, *target_shape]`, what it receives as `y`.
+        mask: `[T, N]` bool, True where a row exists.
+        is_query: `[T, N]` bool, True where an existing row belongs to the query part; all False
+            when the tasks have not been split.
+        names: one name per task; they become coordinates in ArviZ.
+        task_name: what a task is (`"county"`).
+        input_names: column names of the inputs, if they have any.
+        target_name: column name of the target.
+        row_ids: `[T, N]` int, the row's number in the data from which the tasks were made.
+
+    Raises:
+        ValueError: shapes that do not fit together, repeated names, no tasks. (Rows themselves are
+            checked by `from_list` and `from_frame`.)
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    mask: Tensor
+    is_query: Tensor
+    names: tuple[str, ...]
+    task_name: str = "task"
+    input_names: tuple[str, ...] = ()
+    target_name: str = "target"
+    row_ids: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        rows = tuple(self.mask.shape)
+        for name in ("inputs", "targets", "is_query"):
+            shape = tuple(getattr(self, name).shape)
+            if len(rows) != 2 or shape[:2] != rows:
+                raise ValueError(
+                    f"{name} has shape {shape}, mask {rows}; wanted the same leading [tasks, rows]"
+                )
+        if len(self.names) != rows[0]:
+            raise ValueError(
+                f"names has {len(self.names)} entries for {rows[0]} tasks; give one name per task"
+            )
+        if rows[0] == 0:
+            raise ValueError("there are no tasks; give at least one")
+        if len(set(self.names)) != len(self.names):
+            twice = next(n for n in self.names if self.names.count(n) > 1)
+            raise ValueError(f"names holds {twice!r} twice; every task needs a name of its own")
+        if self.row_ids is None:
+            ids = torch.full(rows, -1, dtype=torch.long, device=self.mask.device)
+            ids[self.mask] = torch.arange(int(self.mask.sum()), device=self.mask.device)
+            object.__setattr__(self, "row_ids", ids)
+
+    # -- building ---------------------------------------------------------------------------------
+
+    @classmethod
+    def from_list(
+        cls,
+        pairs: Sequence[tuple[Tensor | np.ndarray, Tensor | np.ndarray]],
+        *,
+        names: Sequence[str] | None = None,
+        task_name: str = "task",
+        input_names: Sequence[str] = (),
+        target_name: str = "target",
+    ) -> Tasks:
+        """Tasks from `[(x, y), ...]`, x of shape `[n_i, *input_shape]`, y `[n_i, *target_shape]`.
+
+        Data types are kept as they are given.
+
+        Example:
+            >>> tasks = Tasks.from_list([(torch.ones(3, 1), torch.ones(3)),
+            ...                          (torch.ones(2, 1), torch.ones(2))])
+            >>> tasks.inputs.shape, tasks.num_rows.tolist()
+            (torch.Size([2, 3, 1]), [3, 2])
+        """
+        if not pairs:
+            raise ValueError("pairs is empty; give at least one (x, y)")
+        labels = [str(i) for i in range(len(pairs))] if names is None else [str(n) for n in names]
+        if len(labels) != len(pairs):
+            raise ValueError(f"names has {len(labels)} entries for {len(pairs)} tasks")
+        xs, ys = [], []
+        for label, (x_raw, y_raw) in zip(labels, pairs, strict=True):
+            x, y = torch.as_tensor(x_raw), torch.as_tensor(y_raw)
+            _check_pair(label, x, y, *(xs[0], ys[0]) if xs else (x, y))
+            xs.append(x)
+            ys.append(y)
+        width = max(len(y) for y in ys)
+        count = torch.tensor([len(y) for y in ys])
+        mask = torch.arange(width) < count[:, None]
+        return cls(
+            inputs=torch.stack([_pad(x, width) for x in xs]),
+            targets=torch.stack([_pad(y, width) for y in ys]),
+            mask=mask,
+            is_query=torch.zeros_like(mask),
+            names=tuple(labels),
+            task_name=task_name,
+            input_names=tuple(input_names),
+            target_name=target_name,
+        )
+
+    @classmethod
+    def from_frame(
+        cls,
+        frame: pd.DataFrame,
+        *,
+        task: str,
+        inputs: Sequence[str],
+        target: str,
+        dtype: torch.dtype = torch.float64,
+    ) -> Tasks:
+        """Tasks from a data frame with one row per datum; tasks keep their order of appearance.
+
+        Args:
+            frame: the data.
+            task: column that says which task a row belongs to.
+            inputs: numeric columns, in the order in which the model reads `x[..., k]`; may be
+                empty.
+            target: numeric column.
+            dtype: of inputs and targets; float64, since tables are small and curvature is exact in
+                it.
+
+        Raises:
+            ValueError: a column that does not exist, is not numeric, or holds NaN or infinity.
+        """
+        if isinstance(inputs, str):
+            raise ValueError(f"inputs must be a list of column names, got the string {inputs!r}")
+        if len(frame) == 0:
+            raise ValueError("frame has no rows")
+        for argument, columns in (("task", [task]), ("inputs", inputs), ("target", [target])):
+            for column in columns:
+                if column not in frame.columns:
+                    have = ", ".join(map(str, frame.columns))
+                    raise ValueError(f"{argument}: no column {column!r}; the data have: {have}")
+        if frame[task].isna().any():
+            row = int(np.flatnonzero(frame[task].isna())[0])
+            raise ValueError(f"task: column {task!r} is empty in row {row}; drop or fill that row")
+        values = _numeric(frame, [*inputs, target])
+        codes, labels = pd.factorize(frame[task])
+        order = np.argsort(codes, kind="stable")
+        ends = np.cumsum(np.bincount(codes))[:-1]
+        groups = np.split(values[order], ends)
+        pairs = [
+            (torch.as_tensor(g[:, :-1], dtype=dtype), torch.as_tensor(g[:, -1], dtype=dtype))
+            for g in groups
+        ]
+        tasks = cls.from_list(
+            pairs,
+            names=[str(label) for label in labels],
+            task_name=task,
+            input_names=inputs,
+            target_name=target,
+        )
+        ids = torch.full(tasks.mask.shape, -1, dtype=torch.long)
+        ids[tasks.mask] = torch.as_tensor(order)
+        return replace(tasks, row_ids=ids)
+
+    @classmethod
+    def from_csv(
+        cls,
+        path: str | PathLike[str],
+        *,
+        task: str,
+        inputs: Sequence[str],
+        target: str,
+        dtype: torch.dtype = torch.float64,
+    ) -> Tasks:
+        """`from_frame` on a CSV file."""
+        frame = pd.read_csv(path, dtype={task: str}, keep_default_na=True)
+        return cls.from_frame(frame, task=task, inputs=inputs, target=target, dtype=dtype)
+
+    # -- looking ----------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __repr__(self) -> str:
+        rows = self.num_rows
+        split = f", {int(self.is_query.sum())} query" if self.is_split else ""
+        return (
+            f"Tasks({len(self)} × {self.task_name!r}, {int(rows.sum())} rows{split}, "
+            f"{int(rows.min())} to {int(rows.max())} each)"
+        )
+
+    @property
+    def num_rows(self) -> Tensor:
+        """`[T]` int, how many rows each task has (support and query together)."""
+        return self.mask.sum(-1)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether any row belongs to a query part."""
+        return bool(self.is_query.any())
+
+    @property
+    def support(self) -> Tasks:
+        """The support parts as tasks of their own; all rows when not split."""
+        return self._part(self.mask & ~self.is_query) if self.is_split else self
+
+    @property
+    def query(self) -> Tasks:
+        """The query parts as tasks of their own; all rows when not split (f and g coincide)."""
+        return self._part(self.mask & self.is_query) if self.is_split else self
+
+    @property
+    def unsplit(self) -> Tasks:
+        """The same rows with the split forgotten."""
+        return replace(self, is_query=torch.zeros_like(self.is_query)) if self.is_split else self
+
+    def require_rows(self, argument: str) -> None:
+        """Raise a ValueError that names the first task with nothing to adapt to, if there is one."""
+        empty = (self.support.num_rows == 0).nonzero()
+        if len(empty):
+            raise ValueError(
+                f"{argument}: task {self.names[int(empty[0])]!r} has no support rows; "
+                "leave it out, or move some of its query rows to the support part"
+            )
+
+    # -- splitting --------------------------------------------------------------------------------
+
+    def split(self, query: float = 0.3, *, seed: int = 0) -> Tasks:
+        """Move a random share `query` of each task's rows to its query part.
+
+        The share is rounded to whole rows; at least one row stays in the support part, so that a
+        task with one row has no query row.
+
+        Raises:
+            ValueError: `query` outside (0, 1).
+        """
+        if not 0.0 < query < 1.0:
+            raise ValueError(f"query must lie strictly between 0 and 1, got {query}")
+        count = torch.minimum((self.num_rows * query).round().long(), self.num_rows - 1)
+        return replace(self, is_query=self._shuffled_rank(seed) < count[:, None])
+
+    def folds(self, count: int = 5, *, seed: int = 0) -> Tasks:
+        """Cross-validation within each task: every row is a query row exactly once.
+
+        Returns one task per (task, fold) with rows in that fold: fold k's rows are its query part,
+        the task's other rows its support part, which is empty for a task with a single row (there,
+        adapting leaves θ0 as it is).
+        """
+        if count < 2:
+            raise ValueError(f"count must be at least 2, got {count}")
+        fold = torch.where(self.mask, self._shuffled_rank(seed) % count, -1)
+        wanted = fold[None] == torch.arange(count, device=fold.device)[:, None, None]  # [K, T, N]
+        keep = wanted.any(-1).T.nonzero()  # rows (task, fold), tasks together
+        task, k = keep[:, 0], keep[:, 1]
+        names = tuple(f"{self.names[t]} [{f}]" for t, f in keep.tolist())
+        return replace(self._take(task, names), is_query=wanted[k, task])
+
+    def hold_out(self, count: int, *, seed: int = 0) -> tuple[Tasks, Tasks]:
+        """Set `count` random whole tasks aside: `(the rest, those)`, each in the original order."""
+        if not 0 < count < len(self):
+            raise ValueError(f"count must lie between 1 and {len(self) - 1} tasks, got {count}")
+        order = torch.randperm(len(self), generator=generator(seed))
+        return self.select(order[count:].sort().values), self.select(order[:count].sort().values)
+
+    def select(self, index: Tensor | Sequence[int]) -> Tasks:
+        """The tasks at these positions, re-padded to the longest of them."""
+        index = torch.as_tensor(index, device=self.mask.device)
+        chosen = self._take(index, tuple(self.names[i] for i in index.tolist()))
+        return chosen._part(chosen.mask)
+
+    def to(
+        self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> Tasks:
+        """Floating tensors to `dtype`, all tensors to `device`."""
+
+        def move(t: Tensor) -> Tensor:
+            return t.to(dtype=dtype if t.is_floating_point() else None, device=device)
+
+        return self._map(move)
+
+    # -- private ----------------------------------------------------------------------------------
+
+    def _map(self, change: Callable[[Tensor], Tensor], **fields: object) -> Tasks:
+        tensors = ("inputs", "targets", "mask", "is_query", "row_ids")
+        return replace(self, **{n: change(getattr(self, n)) for n in tensors}, **fields)
+
+    def _take(self, index: Tensor, names: tuple[str, ...]) -> Tasks:
+        return self._map(lambda t: t[index], names=names)
+
+    def _part(self, mask: Tensor) -> Tasks:
+        """Only the rows in `mask`, moved to the front and re-padded; no longer split unless both
+        parts remain."""
+        width = max(int(mask.sum(-1).max()), 1)
+        # Existing rows first, in their order; then repeat the first of them as padding. A task with
+        # no row left pads with whatever row it has: masked, but finite.
+        order = torch.argsort((~mask).long(), dim=-1, stable=True)[:, :width]
+        kept = torch.arange(width, device=mask.device) < mask.sum(-1, keepdim=True)
+        order = torch.where(kept, order, order[:, :1])
+        rows = torch.arange(len(self), device=mask.device)[:, None]
+        part = self._map(lambda t: t[rows, order])
+        both = bool((mask & self.is_query).any()) and bool((mask & ~self.is_query).any())
+        query = part.is_query & kept if both else torch.zeros_like(kept)
+        return replace(part, mask=kept, is_query=query)
+
+    def _shuffled_rank(self, seed: int) -> Tensor:
+        """`[T, N]` int: a random order of each task's existing rows, padding last."""
+        noise = torch.rand(self.mask.shape, generator=generator(seed)).to(self.mask.device)
+        return torch.where(self.mask, noise, 2.0).argsort(-1).argsort(-1)
+
+
+class TaskSource:
+    """An endless, seeded stream of task batches.
+
+    Args:
+        draw: makes one batch of (usually split) tasks from a `torch.Generator`.
+        seed: the stream's seed; batch k is the same however often it is asked for, so that an
+            interrupted run resumes on the same batches.
+
+    Example:
+        >>> from varmeta.models import sinusoids
+        >>> source = TaskSource(sinusoids(num_tasks=4, support=5, query=10), seed=0)
+        >>> source.batch(0)
+        Tasks(4 × 'sinusoid', 60 rows, 40 query, 15 to 15 each)
+    """
+
+    def __init__(self, draw: Callable[[torch.Generator], Tasks], *, seed: int = 0) -> None:
+        self.draw = draw
+        self.seed = seed
+
+    def batch(self, step: int) -> Tasks:
+        """Batch number `step`."""
+        return self.draw(generator(self.seed, step))
+
+
+def _pad(rows: Tensor, width: int) -> Tensor:
+    return torch.cat([rows, rows[:1].expand(width - len(rows), *rows.shape[1:])])
+
+
+def _check_pair(label: str, x: Tensor, y: Tensor, first_x: Tensor, first_y: Tensor) -> None:
+    if x.dim() == 0 or y.dim() == 0 or len(x) != len(y):
+        raise ValueError(
+            f"task {label!r}: x has shape {tuple(x.shape)} and y {tuple(y.shape)}; "
+            "wanted the same number of rows in both"
+        )
+    if len(y) == 0:
+        raise ValueError(f"task {label!r} is empty; drop it or give it at least one row")
+    for name, value, first in (("x", x, first_x), ("y", y, first_y)):
+        if value.shape[1:] != first.shape[1:] or value.dtype != first.dtype:
+            raise ValueError(
+                f"task {label!r}: {name} has rows of shape {tuple(value.shape[1:])} and type "
+                f"{value.dtype}, the first task {tuple(first.shape[1:])} and {first.dtype}; "
+                "wanted the same for all tasks"
+            )
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            row = int((~value.isfinite()).nonzero()[0, 0])
+            raise ValueError(
+                f"task {label!r}: {name} holds NaN or infinity in row {row}; drop or fill that row"
+            )
+
+
+def _numeric(frame: pd.DataFrame, columns: list[str]) -> np.ndarray:
+    """The columns as a float64 array, or an error that names the column and the row."""
+    values = np.empty((len(frame), len(columns)))
+    for k, column in enumerate(columns):
+        if not (
+            pd.api.types.is_numeric_dtype(frame[column]) or pd.api.types.is_bool_dtype(frame[column])
+        ):
+            raise ValueError(
+                f"column {column!r} is not numeric (it holds {frame[column].iloc[0]!r}); "
+                "encode it as numbers"
+            )
+        values[:, k] = frame[column].to_numpy(dtype=float, na_value=np.nan)
+        bad = np.flatnonzero(~np.isfinite(values[:, k]))
+        if len(bad):
+            raise ValueError(
+                f"column {column!r} holds NaN or infinity in row {bad[0]} "
+                f"({len(bad)} in all); drop or fill these rows"
+            )
+    return values
