@@ -1,5 +1,14 @@
-"""varmeta: Bayesian and variational meta-learning on PyTorch, Pyro and ArviZ."""
+"""varmeta: Bayesian and variational meta-learning on PyTorch, Pyro and ArviZ.
 
+Data flow one way: `Tasks` → `Density` (a Pyro model of one task) → `GaussianPrior` → a strategy →
+`fit` → `TaskPosterior` → `to_arviz` or `compare`.
+"""
+
+from importlib.metadata import version as _version
+
+from varmeta.comparison import Comparison, compare
+from varmeta.export import to_arviz
+from varmeta.inference.base import NonFiniteLoss, Strategy
 from varmeta.inference.fit import Fit, fit
 from varmeta.inference.imaml import IMAML
 from varmeta.inference.joint import JointVariational
@@ -8,8 +17,38 @@ from varmeta.inference.minimise import GradientDescent, NewtonCG
 from varmeta.inference.nuts import PyroNUTS
 from varmeta.inference.pooling import CompletePooling, NoPooling
 from varmeta.inference.prox import Implicit, prox
-from varmeta.models.density import Density
-from varmeta.models.hierarchy import hierarchy
-from varmeta.models.prior import GaussianPrior
+from varmeta.inference.stochastic import Langevin, Stochastic
+from varmeta.models import Density, GaussianPrior, hierarchy
 from varmeta.posterior import TaskPosterior
 from varmeta.tasks import Tasks, TaskSource
+
+__version__ = _version("varmeta-ppl")
+
+__all__ = [
+    "CG",
+    "IMAML",
+    "Comparison",
+    "CompletePooling",
+    "Density",
+    "Fit",
+    "GaussianPrior",
+    "GradientDescent",
+    "Implicit",
+    "JointVariational",
+    "Langevin",
+    "NewtonCG",
+    "NoPooling",
+    "NonFiniteLoss",
+    "PyroNUTS",
+    "Stochastic",
+    "Strategy",
+    "TaskPosterior",
+    "TaskSource",
+    "Tasks",
+    "__version__",
+    "compare",
+    "fit",
+    "hierarchy",
+    "prox",
+    "to_arviz",
+]

@@ -176,9 +176,7 @@ class Draws(TaskPosterior):
         if count <= total:
             index = torch.linspace(0, total - 1, count, device=self.draws.device).round().long()
         else:
-            index = torch.randint(
-                total, (count,), generator=generator, device=self.draws.device
-            )
+            index = torch.randint(total, (count,), generator=generator, device=self.draws.device)
         return self.draws[index], self.shared[index] if self.shared.dim() > 1 else self.shared
 
     def log_prob(self, theta: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ def generator(seed: int, *stream: int, device: torch.device | str = "cpu") -> to
     The pair is hashed (NumPy's `SeedSequence`), so that step 7 of seed 0 draws the same numbers in
     a resumed run as in an uninterrupted one, and neighbouring streams are independent.
     """
-    state = np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)[0]
+    state = np.random.SeedSequence(seed, spawn_key=stream).generate_state(1, np.uint64)[0]
     return torch.Generator(device=device).manual_seed(int(state) & (2**63 - 1))
 
 
@@ -26,7 +26,9 @@ def global_rng(source: torch.Generator) -> Iterator[None]:
     The global state is left as it was found.
     """
     seed = int(torch.randint(2**62, (), generator=source, device=source.device))
-    devices = [source.device] if source.device.type == "cuda" else []
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed: also what was not forked
+        if devices:
+            torch.cuda.manual_seed_all(seed)
         yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -32,11 +33,12 @@ class Tasks:
         task_name: what a task is (`"county"`).
         input_names: column names of the inputs, if they have any.
         target_name: column name of the target.
-        row_ids: `[T, N]` int, the row's number in the data from which the tasks were made.
+        row_ids: `[T, N]` int, the row's number in the data it comes from; -1 for padding.
+        is_split: whether there are a support and a query part. So it is when `is_query` holds a
+            True; tasks selected from split ones stay split though none has a query row.
 
     Raises:
-        ValueError: shapes that do not fit together, repeated names, no tasks. (Rows themselves are
-            checked by `from_list` and `from_frame`.)
+        ValueError: shapes that do not fit together, repeated names, no tasks.
     """
 
     inputs: Tensor
@@ -48,24 +50,27 @@ class Tasks:
     input_names: tuple[str, ...] = ()
     target_name: str = "target"
     row_ids: Tensor | None = None
+    is_split: bool = False
 
     def __post_init__(self) -> None:
         rows = tuple(self.mask.shape)
         for name in ("inputs", "targets", "is_query"):
-            shape = tuple(getattr(self, name).shape)
-            if len(rows) != 2 or shape[:2] != rows:
+            got = tuple(getattr(self, name).shape)
+            if len(rows) != 2 or got[:2] != rows:
                 raise ValueError(
-                    f"{name} has shape {shape}, mask {rows}; wanted the same leading [tasks, rows]"
+                    f"{name} has shape {got}, mask {rows}; wanted the same [tasks, rows]"
                 )
         if len(self.names) != rows[0]:
             raise ValueError(
-                f"names has {len(self.names)} entries for {rows[0]} tasks; give one name per task"
+                f"names has {len(self.names)} entries for {rows[0]} tasks; give one each"
             )
         if rows[0] == 0:
             raise ValueError("there are no tasks; give at least one")
         if len(set(self.names)) != len(self.names):
             twice = next(n for n in self.names if self.names.count(n) > 1)
             raise ValueError(f"names holds {twice!r} twice; every task needs a name of its own")
+        if bool(self.is_query.any()):
+            object.__setattr__(self, "is_split", True)
         if self.row_ids is None:
             ids = torch.full(rows, -1, dtype=torch.long, device=self.mask.device)
             ids[self.mask] = torch.arange(int(self.mask.sum()), device=self.mask.device)
@@ -88,8 +93,9 @@ class Tasks:
         Data types are kept as they are given.
 
         Example:
-            >>> tasks = Tasks.from_list([(torch.ones(3, 1), torch.ones(3)),
-            ...                          (torch.ones(2, 1), torch.ones(2))])
+            >>> tasks = Tasks.from_list(
+            ...     [(torch.ones(3, 1), torch.ones(3)), (torch.ones(2, 1), torch.ones(2))]
+            ... )
             >>> tasks.inputs.shape, tasks.num_rows.tolist()
             (torch.Size([2, 3, 1]), [3, 2])
         """
@@ -98,15 +104,16 @@ class Tasks:
         labels = [str(i) for i in range(len(pairs))] if names is None else [str(n) for n in names]
         if len(labels) != len(pairs):
             raise ValueError(f"names has {len(labels)} entries for {len(pairs)} tasks")
-        xs, ys = [], []
+        xs: list[Tensor] = []
+        ys: list[Tensor] = []
         for label, (x_raw, y_raw) in zip(labels, pairs, strict=True):
             x, y = torch.as_tensor(x_raw), torch.as_tensor(y_raw)
             _check_pair(label, x, y, *(xs[0], ys[0]) if xs else (x, y))
             xs.append(x)
             ys.append(y)
         width = max(len(y) for y in ys)
-        count = torch.tensor([len(y) for y in ys])
-        mask = torch.arange(width) < count[:, None]
+        count = torch.tensor([len(y) for y in ys], device=ys[0].device)
+        mask = torch.arange(width, device=ys[0].device) < count[:, None]
         return cls(
             inputs=torch.stack([_pad(x, width) for x in xs]),
             targets=torch.stack([_pad(y, width) for y in ys]),
@@ -136,8 +143,7 @@ class Tasks:
             inputs: numeric columns, in the order in which the model reads `x[..., k]`; may be
                 empty.
             target: numeric column.
-            dtype: of inputs and targets; float64, since tables are small and curvature is exact in
-                it.
+            dtype: of inputs and targets; tables are small, and curvature is more exact in float64.
 
         Raises:
             ValueError: a column that does not exist, is not numeric, or holds NaN or infinity.
@@ -148,9 +154,11 @@ class Tasks:
             raise ValueError("frame has no rows")
         for argument, columns in (("task", [task]), ("inputs", inputs), ("target", [target])):
             for column in columns:
-                if column not in frame.columns:
+                count = list(frame.columns).count(column)
+                if count != 1:
                     have = ", ".join(map(str, frame.columns))
-                    raise ValueError(f"{argument}: no column {column!r}; the data have: {have}")
+                    number = "no column" if count == 0 else f"{count} columns"
+                    raise ValueError(f"{argument}: {number} {column!r}; the data have: {have}")
         if frame[task].isna().any():
             row = int(np.flatnonzero(frame[task].isna())[0])
             raise ValueError(f"task: column {task!r} is empty in row {row}; drop or fill that row")
@@ -184,8 +192,11 @@ class Tasks:
         target: str,
         dtype: torch.dtype = torch.float64,
     ) -> Tasks:
-        """`from_frame` on a CSV file."""
-        frame = pd.read_csv(path, dtype={task: str}, keep_default_na=True)
+        """`from_frame` on a CSV file; names of tasks are taken as they are written (007, NA)."""
+        frame = pd.read_csv(path)
+        if task in frame.columns:
+            names = pd.read_csv(path, usecols=[task], dtype=str, keep_default_na=False)[task]
+            frame[task] = names.where(names != "")
         return cls.from_frame(frame, task=task, inputs=inputs, target=target, dtype=dtype)
 
     # -- looking ----------------------------------------------------------------------------------
@@ -207,11 +218,6 @@ class Tasks:
         return self.mask.sum(-1)
 
     @property
-    def is_split(self) -> bool:
-        """Whether any row belongs to a query part."""
-        return bool(self.is_query.any())
-
-    @property
     def support(self) -> Tasks:
         """The support parts as tasks of their own; all rows when not split."""
         return self._part(self.mask & ~self.is_query) if self.is_split else self
@@ -224,10 +230,10 @@ class Tasks:
     @property
     def unsplit(self) -> Tasks:
         """The same rows with the split forgotten."""
-        return replace(self, is_query=torch.zeros_like(self.is_query)) if self.is_split else self
+        return replace(self, is_query=torch.zeros_like(self.is_query), is_split=False)
 
     def require_rows(self, argument: str) -> None:
-        """Raise a ValueError that names the first task with nothing to adapt to, if there is one."""
+        """Raise a ValueError that names the first task without support rows, if there is one."""
         empty = (self.support.num_rows == 0).nonzero()
         if len(empty):
             raise ValueError(
@@ -248,8 +254,9 @@ class Tasks:
         """
         if not 0.0 < query < 1.0:
             raise ValueError(f"query must lie strictly between 0 and 1, got {query}")
-        count = torch.minimum((self.num_rows * query).round().long(), self.num_rows - 1)
-        return replace(self, is_query=self._shuffled_rank(seed) < count[:, None])
+        share = (self.num_rows.double() * query).round().long()
+        count = torch.minimum(share, self.num_rows - 1)
+        return replace(self, is_query=self._shuffled_rank(seed) < count[:, None], is_split=True)
 
     def folds(self, count: int = 5, *, seed: int = 0) -> Tasks:
         """Cross-validation within each task: every row is a query row exactly once.
@@ -265,7 +272,7 @@ class Tasks:
         keep = wanted.any(-1).T.nonzero()  # rows (task, fold), tasks together
         task, k = keep[:, 0], keep[:, 1]
         names = tuple(f"{self.names[t]} [{f}]" for t, f in keep.tolist())
-        return replace(self._take(task, names), is_query=wanted[k, task])
+        return replace(self._take(task, names), is_query=wanted[k, task], is_split=True)
 
     def hold_out(self, count: int, *, seed: int = 0) -> tuple[Tasks, Tasks]:
         """Set `count` random whole tasks aside: `(the rest, those)`, each in the original order."""
@@ -275,33 +282,31 @@ class Tasks:
         return self.select(order[count:].sort().values), self.select(order[:count].sort().values)
 
     def select(self, index: Tensor | Sequence[int]) -> Tasks:
-        """The tasks at these positions, re-padded to the longest of them."""
+        """The tasks at these positions (or where a bool is True), re-padded to the longest."""
         index = torch.as_tensor(index, device=self.mask.device)
+        if index.dtype == torch.bool:
+            index = index.nonzero()[:, 0]
         chosen = self._take(index, tuple(self.names[i] for i in index.tolist()))
-        return chosen._part(chosen.mask)
+        return chosen._part(chosen.mask, is_split=self.is_split)
 
     def to(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> Tasks:
         """Floating tensors to `dtype`, all tensors to `device`."""
-
-        def move(t: Tensor) -> Tensor:
-            return t.to(dtype=dtype if t.is_floating_point() else None, device=device)
-
-        return self._map(move)
+        return self._map(lambda t: t.to(device, dtype if t.is_floating_point() else None))
 
     # -- private ----------------------------------------------------------------------------------
 
-    def _map(self, change: Callable[[Tensor], Tensor], **fields: object) -> Tasks:
-        tensors = ("inputs", "targets", "mask", "is_query", "row_ids")
-        return replace(self, **{n: change(getattr(self, n)) for n in tensors}, **fields)
+    def _map(self, change: Callable[[Tensor], Tensor], **fields: Any) -> Tasks:
+        for name in ("inputs", "targets", "mask", "is_query", "row_ids"):
+            fields[name] = change(getattr(self, name))
+        return replace(self, **fields)
 
     def _take(self, index: Tensor, names: tuple[str, ...]) -> Tasks:
         return self._map(lambda t: t[index], names=names)
 
-    def _part(self, mask: Tensor) -> Tasks:
-        """Only the rows in `mask`, moved to the front and re-padded; no longer split unless both
-        parts remain."""
+    def _part(self, mask: Tensor, is_split: bool = False) -> Tasks:
+        """Only the rows in `mask`, moved to the front and re-padded."""
         width = max(int(mask.sum(-1).max()), 1)
         # Existing rows first, in their order; then repeat the first of them as padding. A task with
         # no row left pads with whatever row it has: masked, but finite.
@@ -310,9 +315,14 @@ class Tasks:
         order = torch.where(kept, order, order[:, :1])
         rows = torch.arange(len(self), device=mask.device)[:, None]
         part = self._map(lambda t: t[rows, order])
-        both = bool((mask & self.is_query).any()) and bool((mask & ~self.is_query).any())
-        query = part.is_query & kept if both else torch.zeros_like(kept)
-        return replace(part, mask=kept, is_query=query)
+        assert part.row_ids is not None
+        return replace(
+            part,
+            mask=kept,
+            is_query=part.is_query & kept if is_split else torch.zeros_like(kept),
+            row_ids=part.row_ids.where(kept, -1),
+            is_split=is_split,
+        )
 
     def _shuffled_rank(self, seed: int) -> Tensor:
         """`[T, N]` int: a random order of each task's existing rows, padding last."""
@@ -374,9 +384,7 @@ def _numeric(frame: pd.DataFrame, columns: list[str]) -> np.ndarray:
     """The columns as a float64 array, or an error that names the column and the row."""
     values = np.empty((len(frame), len(columns)))
     for k, column in enumerate(columns):
-        if not (
-            pd.api.types.is_numeric_dtype(frame[column]) or pd.api.types.is_bool_dtype(frame[column])
-        ):
+        if not pd.api.types.is_numeric_dtype(frame[column]):
             raise ValueError(
                 f"column {column!r} is not numeric (it holds {frame[column].iloc[0]!r}); "
                 "encode it as numbers"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,33 +113,34 @@ class State:
     cache: dict[str, Any] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
-        """For `torch.save`; loads with `weights_only=True`."""
+        """A copy for `torch.save`; loads with `weights_only=True`."""
         return {
             "step": self.step,
             "raw": {name: t.detach().clone() for name, t in self.meta.raw.items()},
             "tensors": {name: t.detach().clone() for name, t in self.tensors.items()},
-            "optimisers": {name: o.state_dict() for name, o in self.optimisers.items()},
+            "optimisers": {name: deepcopy(o.state_dict()) for name, o in self.optimisers.items()},
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Into a state that `init` made for the same strategy, model and tasks."""
-        for name, tensor in self.meta.raw.items():
-            if saved["raw"][name].shape != tensor.shape:
-                raise ValueError(
-                    f"the saved {name} has shape {tuple(saved['raw'][name].shape)}, wanted "
-                    f"{tuple(tensor.shape)}: it belongs to another model"
-                )
+        for mine, theirs in ((self.meta.raw, saved["raw"]), (self.tensors, saved["tensors"])):
+            for name, tensor in mine.items():
+                shape = tuple(theirs[name].shape) if name in theirs else None
+                if shape != tuple(tensor.shape):
+                    raise ValueError(
+                        f"the saved {name} has shape {shape}, wanted {tuple(tensor.shape)}: it "
+                        "belongs to another model or to other tasks"
+                    )
         with torch.no_grad():
             for name, tensor in self.meta.raw.items():
                 tensor.copy_(saved["raw"][name])
             for name, tensor in saved["tensors"].items():
-                mine = self.tensors.get(name)
-                if mine is not None and mine.shape == tensor.shape:
-                    mine.copy_(tensor)  # in place: an optimiser may hold it
+                if name in self.tensors:
+                    self.tensors[name].copy_(tensor)  # in place: an optimiser may hold it
                 else:
                     self.tensors[name] = tensor.clone()
         for name, optimiser in self.optimisers.items():
-            optimiser.load_state_dict(saved["optimisers"][name])
+            optimiser.load_state_dict(deepcopy(saved["optimisers"][name]))
         self.step = saved["step"]
 
 
@@ -155,6 +157,11 @@ class Batch:
     tasks: Tasks
     index: Tensor
     total: float
+
+    def require_all(self, name: str) -> None:
+        """Raise a ValueError unless these are all training tasks, which strategy `name` needs."""
+        if len(self.tasks) != self.total:
+            raise ValueError(f"{name} needs all tasks in every step; leave batch_size unset")
 
 
 @dataclass(eq=False)
@@ -229,6 +236,27 @@ def map_energy(density: Density, prior: GaussianPrior, tasks: Tasks, shared: Ten
         return density.negative_log_likelihood(theta, tasks, shared) + prior.penalty(theta)
 
     return energy
+
+
+def with_query(
+    tasks: Tasks | TaskSource, folds: int | None, learn_scale: bool, seed: int
+) -> Tasks | TaskSource:
+    """Tasks with a query part: their own, or that of a cross-validation within each task.
+
+    Raises:
+        ValueError: neither, and scales would be learned from the very rows that were adapted to.
+    """
+    if (tasks.batch(0) if isinstance(tasks, TaskSource) else tasks).is_split:
+        return tasks
+    if folds and isinstance(tasks, Tasks):
+        return tasks.folds(folds, seed=seed)
+    if learn_scale:
+        raise ValueError(
+            "tasks have no query part and learn_scale is True: the loss on the rows adapted to "
+            "falls without end as the scales grow. Split the tasks (tasks.split(), or in the "
+            "stream's draw), set folds, or set learn_scale=False"
+        )
+    return tasks
 
 
 def check_finite(losses: Tensor, tasks: Tasks, step: int) -> None:

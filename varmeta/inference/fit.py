@@ -308,11 +308,17 @@ def _report(result: Fit) -> None:
     stats: dict[str, Any] = result.stats
     said = []
     for key, bad, text in (
-        ("converged", lambda s: ~s, "did not reach the inner minimiser's tolerance: raise its "
-         "max_iterations"),
-        ("negative_curvature", lambda s: s, "met negative curvature in the implicit solve, so the "
-         "inner problem is not at a minimum there: raise the minimiser's max_iterations, or start "
-         "from a tighter prior"),
+        (
+            "converged",
+            lambda s: ~s,
+            "did not reach the inner minimiser's tolerance: raise its max_iterations",
+        ),
+        (
+            "negative_curvature",
+            lambda s: s,
+            "met negative curvature in the implicit solve, so the inner problem is not at a minimum "
+            "there: raise the minimiser's max_iterations, or start from a tighter prior",
+        ),
     ):
         if key in stats and bool(bad(stats[key]).any()):
             count, total = int(bad(stats[key]).sum()), len(stats[key])

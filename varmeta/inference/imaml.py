@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from varmeta.inference.base import (
     Batch,
@@ -24,10 +25,11 @@ from varmeta.inference.base import (
     map_energy,
     objective,
     update,
+    with_query,
 )
 from varmeta.inference.laplace import MAX_DIM, laplace_scale
 from varmeta.inference.minimise import Minimiser, NewtonCG
-from varmeta.inference.prox import Adjoint, Implicit, prox
+from varmeta.inference.prox import Adjoint, Implicit, ProxInfo, prox
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import Delta, Gaussian, TaskPosterior
@@ -48,13 +50,16 @@ class IMAML(Strategy):
             sensible with fixed scales.
         minimiser: the inner algorithm.
         adjoint: how its result is differentiated.
-        posterior: `"laplace"`, `"delta"`, or `"auto"`: Laplace up to 200 coordinates.
+        posterior_kind: `"laplace"`, `"delta"`, or `"auto"`: Laplace up to 200 coordinates.
 
     Example:
         >>> from varmeta.inference.linear import CG
         >>> from varmeta.inference.minimise import GradientDescent
-        >>> paper = IMAML(minimiser=GradientDescent(step_size=0.01, max_iterations=16),
-        ...               adjoint=Implicit(CG(max_iterations=5)), learn_scale=False)
+        >>> paper = IMAML(
+        ...     minimiser=GradientDescent(step_size=0.01, max_iterations=16),
+        ...     adjoint=Implicit(CG(max_iterations=5)),
+        ...     learn_scale=False,
+        ... )
     """
 
     steps: int = 200
@@ -71,21 +76,8 @@ class IMAML(Strategy):
         return self.steps
 
     def prepare(self, tasks: Tasks | TaskSource, seed: int) -> Tasks | TaskSource:
-        """Cross-validate tasks that have no query part.
-
-        Raises:
-            ValueError: scales would be learned from the very rows that were adapted to.
-        """
-        split = (tasks.batch(0) if isinstance(tasks, TaskSource) else tasks).is_split
-        if not split and self.folds and isinstance(tasks, Tasks):
-            return tasks.folds(self.folds, seed=seed)
-        if not split and self.learn_scale:
-            raise ValueError(
-                "tasks have no query part and learn_scale is True: the loss on the rows adapted to "
-                "falls without end as the scales grow. Split the tasks (tasks.split(), or in the "
-                "stream's draw), set folds, or set learn_scale=False"
-            )
-        return tasks
+        """Cross-validate tasks that have no query part."""
+        return with_query(tasks, self.folds, self.learn_scale, seed)
 
     def init(
         self,
@@ -98,15 +90,20 @@ class IMAML(Strategy):
         meta = Meta.start(density, prior, learn_scale=self.learn_scale)
         return State(meta, {"meta": torch.optim.Adam(meta.leaves(), lr=self.learning_rate)})
 
+    def losses(
+        self, density: Density, prior: GaussianPrior, shared: Tensor, tasks: Tasks
+    ) -> tuple[Tensor, ProxInfo]:
+        """g_i(θ_i*) per task, nats: `[T]`, differentiable in the prior and φ; and how θ* went."""
+        energy = map_energy(density, prior, tasks.support, shared)
+        start = prior.loc.detach().expand(len(tasks), -1)
+        theta, info = prox(energy, start, minimiser=self.minimiser, adjoint=self.adjoint)
+        return density.negative_log_likelihood(theta, tasks.query, shared), info
+
     def step(
         self, density: Density, state: State, batch: Batch, generator: torch.Generator
     ) -> StepInfo:
         """One implicit meta-gradient step."""
-        prior, shared = state.meta.prior, state.meta.shared
-        energy = map_energy(density, prior, batch.tasks.support, shared)
-        start = prior.loc.detach().expand(len(batch.tasks), -1)
-        theta, info = prox(energy, start, minimiser=self.minimiser, adjoint=self.adjoint)
-        losses = density.negative_log_likelihood(theta, batch.tasks.query, shared)
+        losses, info = self.losses(density, state.meta.prior, state.meta.shared, batch.tasks)
         total = objective(losses, state.meta, batch, state.step)
         leaves = state.meta.leaves()
         grads = torch.autograd.grad(total, leaves)
@@ -135,7 +132,7 @@ class IMAML(Strategy):
 def adapt_map(
     density: Density,
     prior: GaussianPrior,
-    shared: torch.Tensor,
+    shared: Tensor,
     tasks: Tasks,
     minimiser: Minimiser,
     laplace: bool,

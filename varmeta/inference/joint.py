@@ -77,7 +77,9 @@ class JointVariational(Strategy):
                 "q='gaussian', or fix the scales, or learn them from query losses with IMAML"
             )
         if self.samples < 2 or self.samples % 2:
-            raise ValueError(f"samples must be an even number (antithetic pairs), got {self.samples}")
+            raise ValueError(
+                f"samples must be an even number (antithetic pairs), got {self.samples}"
+            )
         if self.reset_every is not None and self.reset_every < 1:
             raise ValueError(f"reset_every must be at least 1, got {self.reset_every}")
 
@@ -211,9 +213,7 @@ class JointVariational(Strategy):
         # A row's own objective is its task's loss, not the mean: undo the 1/B, so that the step
         # does not depend on the batch size through Adam's ε.
         table = [
-            torch.sparse_coo_tensor(
-                index[None], g * len(index), t.shape, check_invariants=False
-            )
+            torch.sparse_coo_tensor(index[None], g * len(index), t.shape, check_invariants=False)
             for g, t in zip(grads[len(leaves) :], state.tensors.values(), strict=True)
         ]
         update(state.optimisers["table"], list(state.tensors.values()), table, rate)

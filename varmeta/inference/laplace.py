@@ -35,8 +35,7 @@ def laplace_scale(energy: Energy, theta: Tensor, names: tuple[str, ...]) -> Tens
         shown = ", ".join(names[i] for i in bad[:5])
         warnings.warn(
             f"the curvature is not positive definite at the mode of {len(bad)} task(s) ({shown}): "
-            "the inner problem is not solved there; raise the minimiser's max_iterations, or use "
-            "posterior='delta'",
+            "the inner problem is not solved there; raise the minimiser's max_iterations",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -17,7 +17,8 @@ class Solution:
 
     Attributes:
         x: `[T, D]`.
-        residual: `[T]`, ‖b − Ax‖ / ‖b‖ (0 where b = 0).
+        residual: `[T]`, ‖b − Ax‖ / ‖b‖ (0 where b = 0), as the recursion carries it along: the true
+            one up to rounding, about ε‖A‖‖x‖/‖b‖.
         iterations: `[T]` int, products with A used.
         negative_curvature: `[T]` bool, a direction with pᵀAp ≤ 0 was met, so that A is not
             positive definite and x is only the last iterate before it.

@@ -14,6 +14,7 @@ from varmeta.inference.linear import CG, default_tolerance
 Energy = Callable[[Tensor], Tensor]
 _HALVINGS = 30
 _ARMIJO = 1e-4
+_FORCING = 0.01  # loosest residual of a Newton system: a product is cheap beside a new gradient
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +102,7 @@ class NewtonCG:
         """See `Minimiser.minimise`."""
         theta = start.detach()
         value, grad, matvec = curvature_at(energy, theta)
-        goal = _goal(grad, self.tolerance)
+        goal, flat = _goal(grad, self.tolerance), default_tolerance(theta.dtype)
         iterations = torch.zeros(len(theta), dtype=torch.long, device=theta.device)
         stalled = torch.zeros_like(goal, dtype=torch.bool)
         gradients = 1
@@ -110,7 +111,7 @@ class NewtonCG:
             active = (norm > goal) & ~stalled
             if not bool(active.any()):
                 break
-            forcing = norm.sqrt().clamp(max=0.5).clamp(min=default_tolerance(theta.dtype))
+            forcing = norm.sqrt().clamp(flat, _FORCING)
             right = torch.where(active[:, None], -grad, 0.0)
             solution = self.solver.solve(matvec, right, forcing)
             slope = (solution.x * grad).sum(-1)
@@ -122,9 +123,10 @@ class NewtonCG:
                 trial = theta + length[:, None] * step
                 new_value, new_grad, new_matvec = curvature_at(energy, trial)
                 gradients += 1
-                # Close to the minimum the decrease drowns in rounding: allow for that much.
-                slack = 10 * torch.finfo(theta.dtype).eps * value.abs()
-                good = new_value <= value + _ARMIJO * length * slope + slack
+                # Close to the minimum the decrease drowns in rounding; a smaller gradient will do.
+                level = (new_value - value).abs() <= flat * (1 + value.abs())
+                good = level & (new_grad.norm(dim=-1) < norm)
+                good |= new_value <= value + _ARMIJO * length * slope
                 if bool((good | ~active).all()):
                     break
                 length = torch.where(good, length, 0.5 * length)

@@ -53,7 +53,7 @@ class PyroNUTS(Strategy):
         proposals: per hyperparameter draw and new task.
     """
 
-    draws: int = 500
+    draws: int = 400
     warmup: int = 100
     chains: int = 2
     target_accept: float = 0.8
@@ -94,8 +94,7 @@ class PyroNUTS(Strategy):
         self, density: Density, state: State, batch: Batch, generator: torch.Generator
     ) -> StepInfo:
         """One transition of the current chain."""
-        if len(batch.tasks) != batch.total:
-            raise ValueError("PyroNUTS needs all tasks in every step; leave batch_size unset")
+        batch.require_all("PyroNUTS")
         chain, position = divmod(state.step, self.warmup + self.draws)
         with pyro_untouched(), validation_off(), global_rng(generator):
             if position == 0 or "kernel" not in state.cache:
@@ -192,7 +191,10 @@ class PyroNUTS(Strategy):
             target_accept_prob=self.target_accept,
         )
         kernel.setup(0 if resumed else self.warmup - position)
-        potential, shapes = kernel.potential_fn, {n: v.shape for n, v in kernel.initial_params.items()}
+        potential, shapes = (
+            kernel.potential_fn,
+            {n: v.shape for n, v in kernel.initial_params.items()},
+        )
         flat = torch.cat([v.reshape(-1) for v in kernel.initial_params.values()])
         flat = flat.to(state.meta.origin.loc)
         if len(flat) > _MAX_DIM:
@@ -203,7 +205,8 @@ class PyroNUTS(Strategy):
             )
         counter = [0]
         program = CapturedGradient(
-            lambda *v: potential(dict(zip(shapes, v, strict=True))), [*_split(flat, shapes).values()]
+            lambda *v: potential(dict(zip(shapes, v, strict=True))),
+            [*_split(flat, shapes).values()],
         )
 
         def counted(z: dict[str, Tensor]) -> Tensor:
@@ -214,7 +217,8 @@ class PyroNUTS(Strategy):
             flat, inverse_mass = kept["position"], kept["inverse_mass"]
         else:
             flat = self._approximate(density, state, tasks, kernel)
-            inverse_mass = _inverse_curvature(lambda v: counted(_split(v, shapes)), flat)
+            units = self._units(density, state, shapes)
+            inverse_mass = _inverse_curvature(lambda v: counted(_split(v, shapes)), flat, units)
             flat = flat + torch.linalg.cholesky(inverse_mass) @ torch.randn_like(flat)
         kernel.mass_matrix_adapter.inverse_mass_matrix = {
             key: inverse_mass for key in kernel.inverse_mass_matrix
@@ -225,9 +229,7 @@ class PyroNUTS(Strategy):
             kernel._adapter.reset_step_size_adaptation(z)
         state.cache = {"kernel": kernel, "counter": counter, "z": z, "model": model}
 
-    def _approximate(
-        self, density: Density, state: State, tasks: Tasks, kernel: NUTS
-    ) -> Tensor:
+    def _approximate(self, density: Density, state: State, tasks: Tasks, kernel: NUTS) -> Tensor:
         """Where a chain starts: the middle of a quick Gaussian fit of the same hierarchy.
 
         The joint mode would not do: in these coordinates it lies at huge scales, without pooling.
@@ -252,11 +254,22 @@ class PyroNUTS(Strategy):
             state.tensors["start"] = torch.cat([p.reshape(-1) for p in parts])
         return state.tensors["start"]
 
+    def _units(self, density: Density, state: State, shapes: dict[str, torch.Size]) -> Tensor:
+        """`[n]`: the prior's standard deviation of each of the kernel's coordinates."""
+        belief = state.meta.origin.hyperprior
+        assert belief is not None  # `hierarchy` insists on it
+        known = {f"shared_{site.name}": site.scale for site in density.shared_sites}
+        known["loc"] = belief.width
+        one = torch.ones_like(belief.width[:1])  # z, and about right for a log scale
+        return torch.cat([known.get(n, one.expand(s.numel())) for n, s in shapes.items()])
+
     def _keep(
         self, density: Density, state: State, z: dict[str, Tensor], row: int, diverged: bool
     ) -> None:
         kernel = state.cache["kernel"]
-        values = {n: kernel.transforms[n].inv(v) if n in kernel.transforms else v for n, v in z.items()}
+        values = {
+            n: kernel.transforms[n].inv(v) if n in kernel.transforms else v for n, v in z.items()
+        }
         conditioned = poutine.condition(state.cache["model"], data=values)
         with torch.no_grad():
             theta = poutine.trace(conditioned).get_trace().nodes["theta"]["value"]
@@ -296,18 +309,23 @@ def _split(flat: Tensor, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
     return {n: p.reshape(shapes[n]) for n, p in zip(shapes, parts, strict=True)}
 
 
-def _inverse_curvature(potential: Callable[[Tensor], Tensor], position: Tensor) -> Tensor:
-    """|∇²U|⁻¹ `[n, n]` at the start, by central differences of the recorded gradient."""
+def _inverse_curvature(
+    potential: Callable[[Tensor], Tensor], position: Tensor, units: Tensor
+) -> Tensor:
+    """|∇²U|⁻¹ `[n, n]` at the start, by central differences of the recorded gradient.
+
+    In units of the prior's standard deviations `[n]` no curvature counts as less than 1: where the
+    likelihood happens to be flat or folded the posterior is still no wider than the prior.
+    """
     width = 1e-4 if position.dtype == torch.float64 else 1e-2
     rows = []
-    for j in range(len(position)):
+    for step in torch.diag(width * units):
         slopes = []
-        for sign in (1, -1):
-            moved = position.clone()
-            moved[j] += sign * width
+        for moved in (position + step, position - step):
             moved.requires_grad_()
             slopes.append(torch.autograd.grad(potential(moved), moved)[0])
-        rows.append((slopes[0] - slopes[1]) / (2 * width))
+        rows.append((slopes[0] - slopes[1]) * units / (2 * width))
     dense = torch.stack(rows)
     values, vectors = torch.linalg.eigh(0.5 * (dense + dense.T))
-    return (vectors / values.abs().clamp(min=1e-6 * values.abs().max())) @ vectors.T
+    root = units[:, None] * vectors / values.abs().clamp(min=1.0).sqrt()
+    return root @ root.T

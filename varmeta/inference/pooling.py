@@ -77,30 +77,40 @@ class CompletePooling(Strategy):
         self, density: Density, state: State, batch: Batch, generator: torch.Generator
     ) -> StepInfo:
         """Solve it."""
+        batch.require_all("CompletePooling")
         meta, dim = state.meta, density.dim
         units = torch.cat([meta.origin.scale, density.shared_scale])
         origin = torch.cat([meta.origin.loc, density.shared_init])
 
-        def energy(u: Tensor) -> Tensor:  # [1, D + P] in units of the user's prior
+        def losses(u: Tensor) -> tuple[Tensor, Tensor]:  # [1, D + P], in units of the user's prior
             theta, shared = (origin + units * u[0]).split([dim, density.shared_dim])
-            fit = density.negative_log_likelihood(
-                theta.expand(len(batch.tasks), -1), batch.tasks, shared
-            )
-            check_finite(fit, batch.tasks, state.step)
-            return (fit.sum() + meta.origin.penalty(theta) - density.shared_log_prior(shared))[None]
+            everywhere = theta.expand(len(batch.tasks), -1)
+            fit = density.negative_log_likelihood(everywhere, batch.tasks, shared)
+            return fit, meta.origin.penalty(theta) - density.shared_log_prior(shared)
+
+        def energy(u: Tensor) -> Tensor:
+            fit, rest = losses(u)
+            return (fit.sum() + rest)[None]
 
         minimum = self.minimiser.minimise(energy, torch.zeros_like(origin)[None])
+        with torch.no_grad():
+            fit, rest = losses(minimum.theta)
+        check_finite(fit, batch.tasks, state.step)
         tril = laplace_scale(energy, minimum.theta, ("all tasks",))[0]
         noise = torch.randn(
-            *state.tensors["draws"].shape, generator=generator, dtype=units.dtype, device=units.device
+            *state.tensors["draws"].shape,
+            generator=generator,
+            dtype=units.dtype,
+            device=units.device,
         )
         state.tensors["draws"] = origin + units * (minimum.theta[0] + noise @ tril.T)
         with torch.no_grad():
             meta.raw["loc"].copy_(minimum.theta[0, :dim])
             meta.raw["shared"].copy_(minimum.theta[0, dim:])
-        loss = float(energy(minimum.theta).detach()) / len(batch.tasks)
+        loss = float(fit.sum() + rest) / len(batch.tasks)
         count = len(batch.tasks) * (minimum.gradients + 2 * len(origin))
-        stats = {"grad_norm": minimum.grad_norm.expand(len(batch.tasks))}
+        every = {"grad_norm": minimum.grad_norm, "converged": minimum.converged}
+        stats = {name: value.expand(len(batch.tasks)) for name, value in every.items()}
         return StepInfo(loss, count, stats)
 
     def adapt(
@@ -115,5 +125,3 @@ class CompletePooling(Strategy):
             shared[:, None].expand(-1, count, -1),
             theta[:, None].expand(-1, count, -1),
         )
-
-

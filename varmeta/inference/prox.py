@@ -84,7 +84,8 @@ def prox(
 ) -> tuple[Tensor, ProxInfo]:
     """θ_i* = argmin E_i from `start`, differentiable in every tensor that the energy closes over.
 
-    Use ordinary autograd on the result (`torch.autograd.grad`, `backward`), not `torch.func.grad`.
+    Use ordinary autograd on the result (`torch.autograd.grad`, `backward`), not `torch.func.grad`,
+    and first derivatives only.
 
     Args:
         energy: `[T, D]` to `[T]` nats, row i depending on θ_i alone.
@@ -99,7 +100,7 @@ def prox(
     Example:
         >>> import torch
         >>> anchor = torch.tensor([[3.0]], dtype=torch.float64, requires_grad=True)
-        >>> def energy(theta):                      # f(θ) = θ², so f″ = 2, and λ = 1
+        >>> def energy(theta):  # f(θ) = θ², so f″ = 2, and λ = 1
         ...     return (theta**2 + 0.5 * (theta - anchor) ** 2).sum(-1)
         >>> theta, info = prox(energy, anchor)
         >>> theta.item(), torch.autograd.grad(theta.sum(), anchor)[0].item()  # 1/(1+2)
@@ -129,6 +130,11 @@ class _ImplicitCorrection(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *v: Tensor) -> tuple[Tensor, None, None, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "prox has a first derivative only: a second one (create_graph=True) would silently "
+                "lack the change of the Hessian"
+            )
         solution = ctx.solver.solve(ctx.matvec, v[0])
         ctx.info.residual = solution.residual
         ctx.info.negative_curvature = solution.negative_curvature

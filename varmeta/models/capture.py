@@ -9,6 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from varmeta.seeds import generator
 
 Program = Callable[..., Any]
 _CALLS_BEFORE_CAPTURE = 50  # tracing costs as much as a few hundred calls save; one-offs never pay
@@ -20,9 +23,9 @@ class Captured:
 
     Pyro's handlers cost as much as the arithmetic of a small model. The tensor operations below
     them are recorded once per shape; the recording is then replayed without Pyro. It is used only
-    where it reproduces the function's value and gradient exactly on the arguments at hand (a model
-    that reads Python state or draws random numbers would not); otherwise the function itself goes
-    on being called.
+    where it reproduces the function's value and gradient exactly (one that draws random numbers
+    would not); otherwise the function itself goes on being called. Python state that the function
+    reads must not change after that.
     """
 
     def __init__(self, function: Callable[..., Tensor]) -> None:
@@ -41,14 +44,20 @@ class Captured:
                 oldest, _ = self._calls.popitem(last=False)
                 self._programs.pop(oldest, None)
             if self._calls[key] >= _CALLS_BEFORE_CAPTURE:
-                recorded = record(self.function, tensors)
-                if recorded is not None and _equal(
-                    _gradients(recorded, tensors), _gradients(self.function, tensors)
-                ):
-                    program = recorded
-                self._programs[key] = program
+                self._programs[key] = program = self._capture(tensors)
         out: Tensor = program(*tensors)
         return out
+
+    def _capture(self, tensors: Sequence[Tensor]) -> Program:
+        recorded = record(self.function, tensors)
+        if recorded is None:
+            return self.function
+        try:
+            near = _nearby(tensors)
+            same = _equal(_gradients(recorded, near), _gradients(self.function, near))
+        except RuntimeError:  # within torch.func or inference mode there is no autograd
+            same = False
+        return recorded if same else self.function
 
 
 class CapturedGradient:
@@ -79,13 +88,16 @@ class _Attach(torch.autograd.Function):
         return value
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *seed: Tensor) -> tuple[Tensor | None, ...]:
         return (None, *(seed[0] * grad for grad in ctx.saved_tensors))
 
 
 def record(function: Program, tensors: Sequence[Tensor]) -> Program | None:
-    """The function's tensor operations as a program, or None if it cannot be told apart from one
-    that does more (it must return the same on these tensors, bit for bit)."""
+    """The function's tensor operations as a program.
+
+    None if they cannot be recorded, or return something else here or close by, bit for bit.
+    """
     from torch.fx.experimental.proxy_tensor import make_fx  # a second to import: only when used
 
     plain = [t.detach() for t in tensors]
@@ -95,15 +107,30 @@ def record(function: Program, tensors: Sequence[Tensor]) -> Program | None:
             program = make_fx(function)(*plain)
         program.graph.eliminate_dead_code()
         program.recompile()
-        same = _equal(program(*plain), function(*plain))
-    except (RuntimeError, NotImplementedError, TypeError):
-        return None  # an operation that cannot be recorded
+        same = all(_equal(program(*t), function(*t)) for t in (plain, _nearby(plain)))
+    except Exception:  # an operation that cannot be recorded fails in many ways
+        return None
     return program if same else None
 
 
 def _equal(a: Any, b: Any) -> bool:
+    """Bit for bit; NaN equals NaN."""
     first, second = ([x] if isinstance(x, Tensor) else list(x) for x in (a, b))
-    return all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+    return all(
+        x.shape == y.shape and bool(((x == y) | ((x != x) & (y != y))).all())
+        for x, y in zip(first, second, strict=True)
+    )
+
+
+def _nearby(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Other arguments: at 0, say, a wrong gradient may vanish just as the right one does."""
+    out = []
+    for t in tensors:
+        if t.is_floating_point():
+            like: Any = {"dtype": t.dtype, "device": t.device}
+            t = t + 1e-3 * torch.rand(t.shape, generator=generator(0, device=t.device), **like)
+        out.append(t)
+    return out
 
 
 def _gradients(function: Program, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -12,9 +14,20 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from varmeta.models.capture import Captured
-from varmeta.models.sites import Model, pyro_untouched, read_sites, validation_off
+from varmeta.models.sites import (
+    Model,
+    Site,
+    pyro_untouched,
+    read_sites,
+    reason,
+    run,
+    validation_off,
+)
+from varmeta.seeds import generator as seeded
 from varmeta.seeds import global_rng
 from varmeta.tasks import Tasks, TaskSource
+
+_TRIES = 3  # draws at which a site may be silent by chance (a ReLU that is off)
 
 
 class Density:
@@ -29,7 +42,7 @@ class Density:
 
     Args:
         model: a Pyro model (a function or a `PyroModule`) of one task.
-        tasks: any tasks of the kind that it will see; only the first is used, to find the sites.
+        tasks: any tasks of the kind that it will see, to find the sites and to try the model on.
         shared: latent sites with one value for all tasks.
 
     Raises:
@@ -41,8 +54,12 @@ class Density:
         ...     effect = pyro.sample("effect", dist.Normal(0.0, 10.0))
         ...     with pyro.plate("rows", x.shape[0]):
         ...         return pyro.sample("y", dist.Normal(effect, x[:, 0]), obs=y)
-        >>> tasks = Tasks.from_list([(torch.tensor([[15.0]]), torch.tensor([28.0])),
-        ...                          (torch.tensor([[10.0]]), torch.tensor([8.0]))])
+        >>> tasks = Tasks.from_list(
+        ...     [
+        ...         (torch.tensor([[15.0]]), torch.tensor([28.0])),
+        ...         (torch.tensor([[10.0]]), torch.tensor([8.0])),
+        ...     ]
+        ... )
         >>> density = Density(school, tasks)
         >>> density.negative_log_likelihood(torch.zeros(2, 1), tasks)
         tensor([5.3692, 3.5415])
@@ -53,8 +70,9 @@ class Density:
     ) -> None:
         if isinstance(shared, str):
             raise ValueError(f"shared must be a list of site names, got the string {shared!r}")
-        example = (tasks.batch(0) if isinstance(tasks, TaskSource) else tasks).select([0])
-        x, y = example.inputs[0], example.targets[0]
+        tasks = tasks.batch(0) if isinstance(tasks, TaskSource) else tasks
+        first = tasks.select([0])
+        x, y = first.inputs[0], first.targets[0]
         self.model = model
         self.target_shape = y.shape[1:]
         self.input_shape = x.shape[1:]
@@ -62,7 +80,7 @@ class Density:
         self.sites = tuple(s for s in sites if s.role == "adapted")
         self.shared_sites = tuple(s for s in sites if s.role != "adapted")
         self._batched: dict[tuple[int, bool], Captured] = {}
-        self._check_influence(x, y)
+        self._check(tasks)
 
     # -- what there is ----------------------------------------------------------------------------
 
@@ -102,8 +120,10 @@ class Density:
         return torch.cat([torch.full((s.size,), k) for k, s in enumerate(self.sites)])
 
     def site_table(self) -> pd.DataFrame:
-        """One row per site: name, role, shape, unconstrained size, support, the user's prior, and
-        its location and scale on the unconstrained scale (averaged over the site)."""
+        """One row per site: role, shape, unconstrained size, support and the user's prior.
+
+        The prior's location and scale are those on the unconstrained scale, averaged over the site.
+        """
         return pd.DataFrame(
             [
                 {
@@ -121,7 +141,10 @@ class Density:
         )
 
     def __repr__(self) -> str:
-        return f"Density({self.dim} adapted, {self.shared_dim} shared)\n" + str(self.site_table())
+        return (
+            f"Density({self.dim} adapted, {self.shared_dim} shared)\n"
+            + self.site_table().to_string()
+        )
 
     # -- evaluating -------------------------------------------------------------------------------
 
@@ -150,7 +173,7 @@ class Density:
     def negative_log_likelihood(
         self, theta: Tensor, tasks: Tasks, shared: Tensor | None = None
     ) -> Tensor:
-        """f_i(θ_i): the sum over rows of −log p(y_n | θ_i, φ), nats; `[..., T, D]` to `[..., T]`."""
+        """f_i(θ_i): −log p(y_n | θ_i, φ) summed over rows, nats; `[..., T, D]` to `[..., T]`."""
         return -self.log_likelihood(theta, tasks, shared).sum(-1)
 
     def shared_log_prior(self, shared: Tensor) -> Tensor:
@@ -189,21 +212,25 @@ class Density:
     ) -> dict[str, Tensor]:
         """Draws of the observed sites given parameters: `{site: [..., T, N, *target_shape]}`.
 
-        Rows of padding hold draws too; mask them with `tasks.mask`. A few distributions (Student's
-        t, the multivariate normal) cannot be drawn from inside `vmap`; models with these are run
-        draw by draw, which is slow.
+        Rows of padding hold draws too; mask them with `tasks.mask`. A few distributions (the beta,
+        von Mises) cannot be drawn from inside `vmap`; models with these are run draw by draw, which
+        is slow.
+
+        Raises:
+            ValueError: theta or shared of another shape; a model that needs y.
         """
         shared = self.shared_init if shared is None else shared
         self._check_shapes(theta, tasks, shared)
         call = _nested_vmap(self._simulate, theta.dim() - 2, shared.dim() > 1, random=True)
-        with torch.no_grad(), global_rng(generator):
+        with torch.no_grad(), global_rng(generator), warnings.catch_warnings():
+            # vmap's remarks on some distributions (binomial, gamma)
+            warnings.filterwarnings("ignore", "(An output with one|There is a performance drop)")
             try:
                 return dict(call(theta, shared, tasks.inputs))
-            except RuntimeError as error:
-                if "randomness" not in str(error):
-                    raise
+            except RuntimeError:
+                pass  # what vmap cannot batch
             each = theta.reshape(-1, self.dim)
-            phi = shared.expand(*theta.shape[:-1], -1).reshape(len(each), -1)
+            phi = shared.expand(*theta.shape[:-1], -1).reshape(len(each), self.shared_dim)
             data = tasks.inputs.expand(*theta.shape[:-2], *tasks.inputs.shape).flatten(
                 0, theta.dim() - 2
             )
@@ -225,11 +252,18 @@ class Density:
         return total
 
     def _simulate(self, theta: Tensor, shared: Tensor, x: Tensor) -> dict[str, Tensor]:
-        with _PlainSample():
+        try:
             trace = self._trace(theta, shared, x, None)
+        except (AttributeError, TypeError) as error:
+            raise ValueError(
+                f"model failed with y=None: {reason(error)}. To predict it is "
+                "called as model(x, None); take the number of rows from x"
+            ) from error
         missing = [name for name in self.observed if name not in trace.nodes]
         if missing:
-            raise ValueError(f"model has no site {missing[0]!r} when y is None; sample it there too")
+            raise ValueError(
+                f"model has no site {missing[0]!r} when y is None; sample it there too, obs=None"
+            )
         return {name: trace.nodes[name]["value"] for name in self.observed}
 
     def _trace(self, theta: Tensor, shared: Tensor, x: Tensor, y: Tensor | None) -> Any:
@@ -238,16 +272,10 @@ class Density:
         params = {s.name: shared_values[s.name] for s in self.shared_sites if s.role == "param"}
         values |= {name: v for name, v in shared_values.items() if name not in params}
         inside = {s.parameter: params[s.name] for s in self.shared_sites if s.parameter}
-
-        def run(x: Tensor, y: Tensor | None) -> Any:
-            if inside:
-                return torch.func.functional_call(self.model, inside, (x, y))
-            return self.model(x, y)
-
-        model = poutine.substitute(poutine.condition(run, data=values), data=params)
         # block: when Pyro itself runs the hierarchy, its handlers must not see this task's sites.
-        with poutine.block(), pyro_untouched(), validation_off():
-            return poutine.trace(model).get_trace(x, y)
+        with poutine.block(), _Answer(params), pyro_untouched(), validation_off():
+            model = poutine.trace(poutine.condition(run, data=values))
+            return model.get_trace(self.model, x, y, inside)
 
     def _split(self, flat: Tensor, which: str) -> tuple[Tensor, ...]:
         sites = self.sites if which == "adapted" else self.shared_sites
@@ -269,28 +297,73 @@ class Density:
                 f"{(tuple(self.input_shape), tuple(self.target_shape))}"
             )
 
-    def _check_influence(self, x: Tensor, y: Tensor) -> None:
-        """Every site must reach the likelihood: a silent zero gradient is never wanted."""
-        start = [self.prior_loc, self.shared_init]
-        before = self._pointwise(*start, x, y)
-        for k, sites in enumerate((self.sites, self.shared_sites)):
-            offset = 0
-            for site in sites:
-                moved = [flat.clone() for flat in start]
-                moved[k][offset : offset + site.size] += site.scale
-                offset += site.size
-                if torch.equal(before, self._pointwise(*moved, x, y)):
-                    raise ValueError(
-                        f"{site.role} site {site.name!r} does not reach the observed site "
-                        f"{self.observed[0]!r}. A latent that only feeds another latent's prior "
-                        "has no place in a model of one task (the learned prior takes it). For "
-                        "parameters of a module to be learned, the module itself must be the model "
-                        "(a PyroModule with forward(x, y)), or be lifted by varmeta.models.network"
-                    )
+    def _check(self, tasks: Tasks) -> None:
+        """Try the model on a batch: it must run, keep rows apart, and listen to every site."""
+        sites = (*self.sites, *self.shared_sites)
+        index = torch.cat([torch.full((s.size,), k) for k, s in enumerate(sites)])
+        loc = torch.cat([self.prior_loc, self.shared_init])
+        scale = torch.cat([self.prior_scale, self.shared_scale])
+        noise, index = seeded(0, device=loc.device), index.to(loc.device)
+
+        def rows(flat: Tensor, tasks: Tasks) -> Tensor:
+            theta = flat[: self.dim].expand(len(tasks), -1)
+            try:
+                return self.log_likelihood(theta, tasks, flat[self.dim :])
+            except Exception as error:
+                raise ValueError(
+                    f"model failed on a batch of tasks (torch.vmap): {reason(error)}. Replace "
+                    "Python branches on values by torch.where, and draw random numbers with "
+                    "pyro.sample only"
+                ) from error
+
+        like: Any = {"generator": noise, "dtype": loc.dtype, "device": loc.device}
+        deaf = set(range(len(sites)))
+        for _ in range(_TRIES):
+            here, there = loc + scale * torch.randn(2, len(loc), **like)
+            wide = tasks._map(lambda t: torch.cat([t, t[:, :1]], dim=1))
+            before, after = rows(here, tasks), rows(here, wide)[:, :-1]
+            if not torch.allclose(before, after, rtol=1e-3, atol=1e-3, equal_nan=True):
+                raise ValueError(
+                    "model changes the log-likelihood of a row when another row is added, or from "
+                    "call to call. Rows must be independent given the latents (tasks are padded to "
+                    "a common length): compute means over rows and the like before, as inputs"
+                )
+            deaf = {
+                k
+                for k in deaf
+                if torch.equal(before, rows(torch.where(index == k, there, here), tasks))
+            }
+            if not deaf:
+                return
+            if tasks.inputs.is_floating_point():  # other inputs may show more than zeros, say
+                tasks = replace(
+                    tasks, inputs=tasks.inputs + torch.randn(tasks.inputs.shape, **like)
+                )
+        site = sites[min(deaf)]
+        raise ValueError(
+            f"{site.role} site {site.name!r} does not reach the observed site "
+            f"{self.observed[0]!r}. A latent that only feeds another latent's prior "
+            "has no place in a model of one task (the learned prior takes it). For "
+            "parameters of a module to be learned, the module itself must be the model "
+            "(with forward(x, y)), or be lifted by varmeta.models.network"
+        )
 
 
-class _PlainSample(Messenger):
-    """Draw with `sample`, which `vmap` can batch for more distributions than Pyro's `rsample`."""
+class _Answer(Messenger):
+    """Answer params with their values, and draw with `sample`.
+
+    `poutine.substitute` does not know the params of `pyro.module`; and `vmap` can batch `sample`
+    for more distributions than Pyro's `rsample`.
+    """
+
+    def __init__(self, params: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.params = params
+
+    def _pyro_param(self, msg: Any) -> None:
+        if msg["name"] in self.params:
+            msg["value"] = self.params[msg["name"]]
+            msg["done"] = True
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["value"] is None and not msg["is_observed"]:
@@ -310,7 +383,7 @@ def _nested_vmap(function: Any, draws: int, per_draw: bool, random: bool = False
 
 
 def _support(site: Site) -> str:
-    constraint = site.transform.codomain
+    constraint = site.support
     while hasattr(constraint, "base_constraint"):
         constraint = constraint.base_constraint
     return str(constraint).removesuffix("()")
@@ -318,9 +391,11 @@ def _support(site: Site) -> str:
 
 def _describe(prior: Any) -> str:
     base = prior
-    while hasattr(base, "base_dist") and type(base).__name__ in ("Independent", "ExpandedDistribution"):
+    while hasattr(base, "base_dist") and type(base).__name__ in (
+        "Independent",
+        "ExpandedDistribution",
+    ):
         base = base.base_dist
     names = list(base.arg_constraints)
     values = [torch.as_tensor(getattr(base, n)).float().mean().item() for n in names]
     return f"{type(base).__name__}({', '.join(f'{v:g}' for v in values)})"
-

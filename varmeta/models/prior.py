@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -71,9 +71,10 @@ class GaussianPrior:
             )
         if int(self.groups.max()) >= len(self.log_scale) or int(self.groups.min()) < 0:
             raise ValueError(
-                f"groups names scale {int(self.groups.max())}, log_scale has {len(self.log_scale)}"
+                f"groups holds numbers from {int(self.groups.min())} to {int(self.groups.max())}, "
+                f"log_scale has {len(self.log_scale)} entries"
             )
-        if self.factor is not None and self.factor.shape[0] != dim:
+        if self.factor is not None and (self.factor.dim() != 2 or len(self.factor) != dim):
             raise ValueError(f"factor has shape {tuple(self.factor.shape)}, wanted ({dim}, rank)")
 
     @classmethod
@@ -96,14 +97,15 @@ class GaussianPrior:
             tensor([0.5000, 0.5000, 0.5000])
         """
         sd = torch.atleast_1d(torch.as_tensor(scale, dtype=loc.dtype, device=loc.device))
-        if not bool(((sd > 0) & sd.isfinite()).all()):
+        bad = sd[~((sd > 0) & sd.isfinite())]
+        if len(bad):
             raise ValueError(
-                f"scale must be positive and finite, got {sd.min().item():g}; "
+                f"scale must be positive and finite, got {bad[0].item():g}; "
                 "it is a standard deviation"
             )
+        if sd.dim() > 1 or (groups is None and len(sd) not in (1, len(loc))):
+            raise ValueError(f"scale has shape {tuple(sd.shape)}, wanted (1,) or ({len(loc)},)")
         if groups is None:
-            if len(sd) not in (1, len(loc)):
-                raise ValueError(f"scale has {len(sd)} entries, wanted 1 or {len(loc)}")
             groups = torch.arange(len(loc)) if len(sd) == len(loc) else torch.zeros(len(loc)).long()
         return cls(loc, sd.log(), groups.to(loc.device), factor, hyperprior)
 
@@ -125,8 +127,8 @@ class GaussianPrior:
             density: the model.
             scales: one learned scale per `"coordinate"`, per `"site"` (default), or one for
                 `"all"` coordinates. A group's scale starts at its coordinates' geometric mean.
-            rank: number of columns of the low-rank part; it starts small and, since identical
-                columns would stay identical, different in each column.
+            rank: number of columns of the low-rank part, up to D; it starts small and, since
+                identical columns would stay identical, different in each column.
             hyperprior: keep the user's prior as a weak belief about θ0 and the scales
                 (`Hyperprior`); False for a flat one.
         """
@@ -138,6 +140,8 @@ class GaussianPrior:
             groups = torch.zeros(density.dim, dtype=torch.long)
         else:
             raise ValueError(f"scales must be 'coordinate', 'site' or 'all', got {scales!r}")
+        if not 0 <= rank <= density.dim:
+            raise ValueError(f"rank must lie between 0 and {density.dim}, got {rank}")
         groups = groups.to(density.prior_loc.device)
         loc, width = density.prior_loc, density.prior_scale
         count = int(groups.max()) + 1
@@ -146,7 +150,7 @@ class GaussianPrior:
         factor = None
         if rank:
             phase = torch.arange(density.dim, dtype=width.dtype, device=width.device)[:, None]
-            wave = torch.arange(1, rank + 1, dtype=width.dtype, device=width.device)
+            wave = torch.arange(rank, dtype=width.dtype, device=width.device)
             factor = 0.1 * width[:, None] * torch.cos(math.pi * (phase + 0.5) * wave / density.dim)
         belief = Hyperprior(loc, width, log_scale.exp()) if hyperprior else None
         return cls(loc, log_scale, groups, factor, belief)
@@ -201,13 +205,11 @@ class GaussianPrior:
             )
             inverse = inverse - (root**2).sum(0)
         trace = (sd**2 * inverse).sum(-1)
-        return (
-            self.penalty(mean) + 0.5 * (trace - self.dim + self.log_det()) - sd.log().sum(-1)
-        )
+        return self.penalty(mean) + 0.5 * (trace - self.dim + self.log_det()) - sd.log().sum(-1)
 
     def sample(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         """Draws of shape `[*shape, D]`, differentiable in loc and scales."""
-        like = {"generator": generator, "dtype": self.loc.dtype, "device": self.loc.device}
+        like: Any = {"generator": generator, "dtype": self.loc.dtype, "device": self.loc.device}
         out = self.loc + self.scale * torch.randn(*shape, self.dim, **like)
         if self.factor is not None:
             out = out + torch.randn(*shape, self.factor.shape[1], **like) @ self.factor.T

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import biject_to, constraints
 
 from varmeta.seeds import generator, global_rng
 
@@ -30,6 +31,7 @@ class Site:
             or `"param"` (a `pyro.param` or module parameter, one value for all tasks).
         shape: shape of its value.
         unconstrained_shape: shape of its unconstrained value.
+        support: the constraint on its value.
         transform: unconstrained to constrained (`torch.distributions.biject_to`).
         prior: the distribution that the user wrote, None for a param.
         loc: flat unconstrained location of that prior, or a param's initial value.
@@ -41,6 +43,7 @@ class Site:
     role: Literal["adapted", "shared", "param"]
     shape: torch.Size
     unconstrained_shape: torch.Size
+    support: Any
     transform: Any
     prior: Any
     loc: Tensor
@@ -59,7 +62,7 @@ class Site:
     def unconstrain(self, value: Tensor) -> Tensor:
         """`[..., *shape]` to `[..., size]` unconstrained."""
         batch = value.shape[: value.dim() - len(self.shape)]
-        return self.transform.inv(value).reshape(batch + (self.size,))
+        return self.transform.inv(value).reshape((*batch, self.size))
 
 
 @contextmanager
@@ -80,16 +83,33 @@ def validation_off() -> Iterator[None]:
         torch.distributions.Distribution.set_default_validate_args(torch_flag)
 
 
-def probe(model: Model, x: Tensor, y: Tensor | None, seed: int = 0) -> Any:
+def run(model: Model, x: Tensor, y: Tensor | None, inside: dict[str, Tensor] | None = None) -> Any:
+    """The model on one task, with the tensors `inside` in place of a module's own parameters."""
+    if not isinstance(model, torch.nn.Module):
+        return model(x, y)
+    # Pyro would thaw the parameters that need no gradient, and warns of them.
+    frozen = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* was not registered in the param store")
+        return torch.func.functional_call(model, frozen | (inside or {}), (x, y))
+
+
+def probe(model: Model, x: Tensor, y: Tensor, seed: int = 0) -> Any:
     """One trace of the model on one task, global random state and parameter store left alone."""
     with pyro_untouched(), global_rng(generator(seed)), _DataType(x):
         try:
-            return poutine.trace(model).get_trace(x, y)
+            return poutine.trace(run).get_trace(model, x, y)
         except Exception as error:
             raise ValueError(
-                f"model failed on one task with x of shape {tuple(x.shape)} and y "
-                f"{None if y is None else tuple(y.shape)}: {type(error).__name__}: {error}"
+                f"model failed on one task with x of shape {tuple(x.shape)} ({x.dtype}) and y of "
+                f"shape {tuple(y.shape)} ({y.dtype}): {reason(error)}"
             ) from error
+
+
+def reason(error: Exception) -> str:
+    """What a model raised, without the table of shapes that Pyro appends."""
+    original = error.__cause__ or error
+    return f"{type(original).__name__}: {original}".rstrip(". ")
 
 
 class _DataType(Messenger):
@@ -105,6 +125,9 @@ class _DataType(Messenger):
 
     def _pyro_post_param(self, msg: Any) -> None:
         msg["value"] = msg["value"].to(self.dtype)
+        # A PyroParam tells its constraint to Pyro's store alone.
+        stored = pyro.get_param_store().get_state()["constraints"]
+        msg["kwargs"]["constraint"] = stored.get(msg["name"], msg["kwargs"]["constraint"])
 
 
 def _float_type(x: Tensor) -> torch.dtype:
@@ -123,11 +146,19 @@ def read_sites(
     """
     trace, again = probe(model, x, y, 0), probe(model, x, y, 1)
     longer = probe(model, torch.cat([x, x[:1]]), torch.cat([y, y[:1]]), 0)
-    observed = [name for name in trace.observation_nodes if not _is_plate(trace.nodes[name])]
+    observed = [
+        name
+        for name in trace.observation_nodes
+        if not (_is_plate(trace.nodes[name]) or "_deterministic" in trace.nodes[name]["infer"])
+    ]
     if not observed:
         raise ValueError(
             "model has no observed site; pass the targets with pyro.sample(..., obs=y)"
         )
+    # Pyro announces a module's plain nn.Parameters (if it is a PyroModule) but ignores what its
+    # handlers answer: these are swapped inside the module instead. They are recognised by identity.
+    owners = dict(model.named_parameters()) if isinstance(model, torch.nn.Module) else {}
+    owners = {name: p for name, p in owners.items() if p.requires_grad}
     names = {n for n in trace.stochastic_nodes if not _is_plate(trace.nodes[n])}
     if names != {n for n in again.stochastic_nodes if not _is_plate(again.nodes[n])}:
         raise ValueError("model has latent sites that change from run to run; wanted a fixed set")
@@ -137,21 +168,29 @@ def read_sites(
                 f"shared: no latent site {name!r}; the model has: {', '.join(sorted(names))}"
             )
     _check_pointwise(trace, observed, len(y))
-    sites = []
+    _check_pointwise(longer, observed, len(y) + 1)
+    sites: list[Site] = []
     for name, node in trace.nodes.items():
         if node["type"] == "param":
-            sites.append(_param_site(name, node, x, model))
+            owned = next((k for k, p in owners.items() if any(p is a for a in node["args"])), None)
+            sites.append(_param_site(name, node["value"], x, node["kwargs"]["constraint"], owned))
         elif name in names:
             _check_latent(name, node, longer, len(y))
             site = _latent_site(name, node, "shared" if name in shared else "adapted", x)
             other = _latent_site(name, again.nodes[name], site.role, x)
-            if not (torch.allclose(site.loc, other.loc) and torch.allclose(site.scale, other.scale)):
+            middle = site.constrain(site.loc), other.constrain(site.loc)
+            pairs = (middle, (site.loc, other.loc), (site.scale, other.scale))
+            if not all(torch.allclose(a, b) for a, b in pairs):
                 raise ValueError(
                     f"the prior of latent {name!r} changes with another latent; varmeta puts a "
                     "learned Gaussian prior over each latent, so write plain priors and leave the "
                     "hierarchy to it"
                 )
             sites.append(site)
+    known = {site.parameter for site in sites} | {f"{n}_unconstrained" for n in trace.nodes}
+    for name, parameter in owners.items():  # those that Pyro did not announce
+        if name not in known:
+            sites.append(_param_site(name, parameter, x, constraints.real, name))
     if not any(site.role == "adapted" for site in sites):
         raise ValueError(
             "model has no latent site that adapts to a task; write at least one "
@@ -198,6 +237,7 @@ def _latent_site(name: str, node: Any, role: Any, like: Tensor) -> Site:
         role,
         value.shape,
         transform.inv(value).shape,
+        fn.support,
         transform,
         fn,
         loc.to(dtype=_float_type(like), device=like.device).flatten(),
@@ -205,23 +245,20 @@ def _latent_site(name: str, node: Any, role: Any, like: Tensor) -> Site:
     )
 
 
-def _param_site(name: str, node: Any, like: Tensor, model: Model) -> Site:
-    constraint = node["kwargs"].get("constraint", torch.distributions.constraints.real)
-    transform = biject_to(constraint)
-    value = node["value"].detach()
-    loc = transform.inv(value)
+def _param_site(name: str, value: Tensor, like: Tensor, support: Any, owned: str | None) -> Site:
+    transform = biject_to(support)
+    loc = transform.inv(value.detach())
     flat = loc.to(dtype=_float_type(like), device=like.device).flatten()
-    # Pyro announces a module's plain nn.Parameters but ignores what its handlers answer: these are
-    # swapped inside the module instead. They are recognised by identity.
-    owned = dict(model.named_parameters()) if isinstance(model, torch.nn.Module) else {}
-    inside = next((k for k, p in owned.items() if any(p is a for a in node["args"])), None)
     one = torch.ones_like(flat)
-    return Site(name, "param", value.shape, loc.shape, transform, None, flat, one, inside)
+    return Site(name, "param", value.shape, loc.shape, support, transform, None, flat, one, owned)
 
 
 def _location_and_scale(fn: Any, transform: Any, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation where the prior is unconstrained and has them; else median and
-    half the central 68% range of draws on the unconstrained scale, which heavy tails have too."""
+    """Mean and standard deviation where the prior is unconstrained and has them.
+
+    Else median and half the central 68% range of draws on the unconstrained scale, which heavy
+    tails have too.
+    """
     if torch.equal(transform.inv(value), value):
         try:
             mean, sd = fn.mean.expand(value.shape), fn.stddev.expand(value.shape)
@@ -231,10 +268,8 @@ def _location_and_scale(fn: Any, transform: Any, value: Tensor) -> tuple[Tensor,
             if bool(mean.isfinite().all()) and bool((sd.isfinite() & (sd > 0)).all()):
                 return mean.detach(), sd.detach()
     with global_rng(generator(0)):
-        draws = transform.inv(fn.sample((_PRIOR_DRAWS,)))
-    low, mid, high = draws.quantile(
-        torch.tensor([0.1587, 0.5, 0.8413], dtype=draws.dtype, device=draws.device), dim=0
-    )
+        draws = transform.inv(fn.sample((_PRIOR_DRAWS,))).sort(dim=0).values
+    low, mid, high = draws[[round(q * (_PRIOR_DRAWS - 1)) for q in (0.1587, 0.5, 0.8413)]]
     return mid, 0.5 * (high - low)
 
 

@@ -1,0 +1,311 @@
+"""The joint variational objective, its optimum, its resets and its per-task table."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    FLOAT,
+    Case,
+    assert_close,
+    assert_same,
+    case_of,
+    leaves_of,
+    tasks_of,
+    tensor,
+)
+from linear_gaussian import GaussianOptimum, LinearGaussian
+from torch import Tensor
+
+from varmeta.inference.base import Batch, State, map_energy
+from varmeta.inference.fit import Fit, fit
+from varmeta.inference.joint import JointVariational, bound
+from varmeta.posterior import Delta, Gaussian, TaskPosterior
+from varmeta.seeds import generator
+from varmeta.tasks import TaskSource
+
+INTERIOR = [0, 2, 3, 4, 5, 6, 7]  # seeds for (6 tasks, 3 dims) whose optimum has positive scales
+
+
+def cubature(tasks: int, dim: int) -> Tensor:
+    """±√D e_j, `[2D, T, D]`: averages every quadratic exactly."""
+    points = torch.cat([torch.eye(dim, dtype=FLOAT), -torch.eye(dim, dtype=FLOAT)])
+    return dim**0.5 * points[:, None].expand(-1, tasks, -1)
+
+
+def at(problem: LinearGaussian, optimum: GaussianOptimum) -> LinearGaussian:
+    return problem.at(
+        theta0=optimum.theta0,
+        log_scale=np.log(optimum.scale),
+        log_noise=float(np.log(optimum.noise)),
+    )
+
+
+# -- the objective --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(0, 6, 3), (1, 6, 3), (2, 9, 4), (3, 5, 1)], ids=str)
+def test_bound_is_exact_under_a_cubature_rule(shape: tuple[int, int, int]) -> None:
+    """Any diagonal q, not only the best one."""
+    problem = LinearGaussian.random(*shape)
+    case = case_of(problem, shared_noise=True)
+    rng = np.random.default_rng(0)
+    means = rng.normal(size=(problem.num_tasks, problem.dim))
+    sds = np.exp(rng.normal(size=means.shape))
+    values = bound(
+        case.density,
+        case.prior,
+        case.shared,
+        case.tasks.support,
+        tensor(means),
+        tensor(sds),
+        cubature(*means.shape),
+    )
+    assert_close(values.sum(), problem.gaussian_joint(means, sds**2), 1e-12)
+    for i, value in enumerate(values):  # task by task too
+        one = problem.subset(i)
+        assert_close(value, one.gaussian_joint(means[i : i + 1], sds[i : i + 1] ** 2), 1e-11)
+
+
+@pytest.mark.parametrize("seed", INTERIOR)
+@pytest.mark.parametrize("fit_noise", [False, True])
+def test_bound_is_stationary_at_the_exact_optimum(seed: int, fit_noise: bool) -> None:
+    """In θ0, the log scales, the log noise, and every mean and log sd."""
+    problem = LinearGaussian.random(seed)
+    optimum = problem.gaussian_optimum(fit_noise=fit_noise)
+    assert optimum.converged and not optimum.collapsed.any()
+    case = case_of(at(problem, optimum), shared_noise=True)
+    prior, shared, leaves = leaves_of(case)
+    mean = tensor(optimum.means).requires_grad_()
+    log_sd = tensor(np.diagonal(optimum.covs, axis1=1, axis2=2)).sqrt().log().requires_grad_()
+    noise = cubature(6, 3)
+    total = bound(case.density, prior, shared, case.tasks.support, mean, log_sd.exp(), noise).sum()
+    assert_close(total, optimum.value, 1e-9)
+    leaves = [*leaves[: 3 if fit_noise else 2], mean, log_sd]
+    grads = torch.autograd.grad(total, leaves, retain_graph=True)
+    # Against the KL's own gradients per task, which the likelihood's (or other tasks') cancel.
+    size = (
+        torch.autograd.functional.jacobian(
+            lambda m: prior.kl(m, log_sd.detach().exp()).sum(), mean.detach()
+        )
+        .abs()
+        .max()
+    )
+    for grad in grads:
+        assert float(grad.abs().max() / size.detach()) < 1e-6
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_delta_objective_is_exact_and_stationary_at_its_optimum(seed: int) -> None:
+    problem = LinearGaussian.random(seed)
+    theta0, thetas, value = problem.delta_optimum()
+    case = case_of(problem.at(theta0=theta0))
+    prior, shared, (loc, _, _) = leaves_of(case)
+    theta = tensor(thetas).requires_grad_()
+    total = map_energy(case.density, prior, case.tasks.support, shared)(theta).sum()
+    assert_close(total, value, 1e-11)
+    pull = (prior.scale**-2 * (theta - loc)).abs().max()
+    for grad in torch.autograd.grad(total, [loc, theta]):
+        assert float(grad.abs().max() / pull.detach()) < 1e-9
+
+
+# -- what a run converges to ----------------------------------------------------------------------
+
+
+@cache
+def long_run(seed: int) -> tuple[LinearGaussian, Case, Fit]:
+    """The noise is a constant of the model, the hyperprior flat: the optimum is the oracle's."""
+    drawn = LinearGaussian.random(seed)
+    problem = drawn.at(theta0=drawn.theta0 + 0.5, log_scale=drawn.log_scale + 0.3)
+    case = case_of(problem)
+    strategy = JointVariational(steps=500, learning_rate=0.1, adapt_steps=400)
+    return problem, case, fit(strategy, case.density, case.tasks.support, prior=case.prior)
+
+
+def check_q(posterior: TaskPosterior, means: np.ndarray, sds: np.ndarray) -> None:
+    """Means to 0.05 sd. A log sd is a random walk pulled to its optimum: with Adam's steps of the
+    order of the learning rate times a noisy gradient's sign and the cosine decay, some 4% remain
+    for each (T·D of them: up to 15%), but no more than 4% in the mean."""
+    assert isinstance(posterior, Gaussian)
+    assert np.abs((posterior.mean.numpy() - means) / sds).max() < 0.05
+    ratio = np.log(posterior.sd.numpy() / sds)
+    assert np.abs(ratio).max() < 0.15 and abs(ratio.mean()) < 0.04
+
+
+@pytest.mark.parametrize("seed", [0, 2])
+def test_a_run_converges_to_the_optimum(seed: int) -> None:
+    problem, _, done = long_run(seed)
+    optimum = problem.gaussian_optimum()
+    assert np.abs((done.prior.loc.numpy() - optimum.theta0) / optimum.scale).max() < 0.02
+    assert np.abs(done.prior.scale.numpy() / optimum.scale - 1).max() < 0.02
+    check_q(done.posterior(), optimum.means, np.sqrt(np.diagonal(optimum.covs, axis1=1, axis2=2)))
+
+
+def test_adapting_finds_the_best_diagonal_gaussian_for_tasks_seen_or_not() -> None:
+    problem, _, done = long_run(0)
+    new = LinearGaussian.random(50, 4).at(log_noise=problem.log_noise)
+    learned = {"theta0": done.prior.loc.numpy(), "log_scale": done.prior.log_scale.numpy()}
+    for data in (problem, new):
+        there = data.at(**learned)
+        q = done.adapt(tasks_of(data).support)
+        check_q(q, there.theta_stars(), np.sqrt(there.best_variances()))
+
+
+def test_the_delta_run_converges_to_its_optimum() -> None:
+    drawn = LinearGaussian.random(3)
+    problem = drawn.at(theta0=drawn.theta0 + 0.5)
+    case = case_of(problem)
+    done = fit(
+        JointVariational(q="delta", steps=600, learning_rate=0.1),
+        case.density,
+        case.tasks.support,
+        prior=case.prior,
+    )
+    theta0, thetas, value = problem.delta_optimum()
+    posterior = done.posterior()
+    assert isinstance(posterior, Delta)
+    assert torch.equal(done.prior.log_scale, case.prior.log_scale)
+    assert_close(done.prior.loc, theta0, 1e-3)
+    assert_close(posterior.mean, thetas, 1e-3)
+    assert_close(done.history["loss"].iloc[-1], value / 6, 1e-5)
+
+
+# -- the table ------------------------------------------------------------------------------------
+
+
+def advance(strategy: JointVariational, case: Case, state: State, steps: int) -> None:
+    tasks = case.tasks.support
+    batch = Batch(tasks, torch.arange(len(tasks)), len(tasks))
+    for _ in range(steps):
+        strategy.step(case.density, state, batch, generator(0, state.step))
+        state.step += 1
+
+
+@pytest.mark.parametrize("q", ["gaussian", "delta"])
+def test_q_starts_at_the_prior(q: str) -> None:
+    case = case_of(LinearGaussian.random(0))
+    strategy = JointVariational(q=q)  # type: ignore[arg-type]
+    state = strategy.init(case.density, case.prior, case.tasks.support, generator(0))
+    posterior = strategy.posterior(case.density, state, case.tasks.support, generator(0))
+    assert torch.allclose(posterior.mean, case.prior.loc.expand(6, -1))
+    if q == "gaussian":
+        assert torch.allclose(posterior.sd, case.prior.scale.expand(6, -1))
+
+
+@pytest.mark.parametrize("q", ["gaussian", "delta"])
+def test_a_reset_puts_every_q_back_to_the_prior_and_forgets_its_momentum(q: str) -> None:
+    """The step after a reset is, bit for bit, that of a table and optimiser made new there."""
+    case = case_of(LinearGaussian.random(0))
+    strategy = JointVariational(q=q, reset_every=4, steps=12)  # type: ignore[arg-type]
+    tasks = case.tasks.support
+    run, fresh = (strategy.init(case.density, case.prior, tasks, generator(0)) for _ in range(2))
+    advance(strategy, case, run, 4)
+    with torch.no_grad():  # as learned so far, but for the table
+        for name, leaf in fresh.meta.raw.items():
+            leaf.copy_(run.meta.raw[name])
+        fresh.tensors["mean"].copy_(fresh.meta.raw["loc"].expand(6, -1))
+        if q == "gaussian":
+            log_scale = fresh.meta.prior.scale.log() - case.prior.scale.log()
+            fresh.tensors["log_sd"].copy_(log_scale.expand(6, -1))
+    fresh.optimisers["meta"].load_state_dict(run.state_dict()["optimisers"]["meta"])
+    fresh.step = run.step
+    before = {name: t.clone() for name, t in run.tensors.items()}
+    advance(strategy, case, run, 1)
+    advance(strategy, case, fresh, 1)
+    assert_same(run.state_dict(), fresh.state_dict())
+    assert all(not torch.equal(before[name], t) for name, t in run.tensors.items())
+
+
+def test_resets_happen_at_their_period_and_not_at_the_start_or_end() -> None:
+    """Distance of the means from θ0 falls in the step after a reset only."""
+    case = case_of(LinearGaussian.random(2))
+    strategy = JointVariational(reset_every=5, steps=20, learn_loc=False)
+    state = strategy.init(case.density, case.prior, case.tasks.support, generator(0))
+    distance = []
+    for _ in range(20):
+        advance(strategy, case, state, 1)
+        distance.append(float(state.tensors["mean"].detach().abs().mean()))
+    falls = [step for step in range(1, 20) if distance[step] < 0.5 * distance[step - 1]]
+    assert falls == [5, 10, 15]
+    assert distance[-1] == max(distance[-5:])  # the last q is a converging one, not a reset one
+
+
+@pytest.mark.parametrize("q", ["gaussian", "delta"])
+def test_a_batch_touches_its_own_rows_only(q: str) -> None:
+    case = case_of(LinearGaussian.random(0))
+    tasks = case.tasks.support
+    strategy = JointVariational(q=q)  # type: ignore[arg-type]
+    state = strategy.init(case.density, case.prior, tasks, generator(0))
+    advance(strategy, case, state, 3)  # every row has momentum
+    before = {name: t.detach().clone() for name, t in state.tensors.items()}
+    index = torch.tensor([1, 4])
+    strategy.step(case.density, state, Batch(tasks.select(index), index, 6), generator(0))
+    for name, tensor_ in state.tensors.items():
+        moved = (tensor_ != before[name]).any(-1)
+        assert moved.tolist() == [False, True, False, False, True, False]
+
+
+def test_a_rows_step_does_not_depend_on_the_batch_size() -> None:
+    """With the prior fixed and a delta q, a task's first step alone is that in company."""
+    case = case_of(LinearGaussian.random(0))
+    tasks = case.tasks.support
+    strategy = JointVariational(q="delta", learn_loc=False)
+    results = []
+    for index in (torch.arange(6), torch.tensor([2])):
+        state = strategy.init(case.density, case.prior, tasks, generator(0))
+        strategy.step(case.density, state, Batch(tasks.select(index), index, 6), generator(0))
+        results.append(state.tensors["mean"][2].detach())
+    assert torch.allclose(*results, rtol=1e-12)
+
+
+def test_adapting_leaves_the_run_alone() -> None:
+    _, case, done = long_run(0)
+    before = done.state.state_dict()
+    done.adapt(case.tasks.support)
+    assert_same(done.state.state_dict(), before)
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"q": "delta", "learn_scale": True}, "no solution"),
+        ({"q": "laplace"}, "q must be"),
+        ({"samples": 3}, "even number"),
+        ({"samples": 0}, "even number"),
+        ({"reset_every": 0}, "reset_every"),
+    ],
+)
+def test_nonsense_is_refused(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        JointVariational(**arguments)  # type: ignore[arg-type]
+
+
+def test_a_stream_is_refused() -> None:
+    source = TaskSource(lambda g: tasks_of(LinearGaussian.random(0)))
+    with pytest.raises(ValueError, match="no end"):
+        JointVariational().prepare(source, 0)
+
+
+def test_scales_are_learned_where_that_is_well_posed() -> None:
+    case = case_of(LinearGaussian.random(0))
+    for strategy, learned in [
+        (JointVariational(), True),
+        (JointVariational(learn_scale=False), False),
+        (JointVariational(q="delta"), False),
+    ]:
+        state = strategy.init(case.density, case.prior, case.tasks.support, generator(0))
+        assert state.meta.raw["log_scale"].requires_grad is learned
+
+
+def test_query_rows_are_used_too() -> None:
+    case = case_of(LinearGaussian.random(0))
+    prepared = JointVariational().prepare(case.tasks, 0)
+    assert not prepared.is_split and torch.equal(prepared.num_rows, case.tasks.num_rows)
+    assert torch.equal(prepared.mask, replace(case.tasks).mask)

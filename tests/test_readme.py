@@ -1,0 +1,65 @@
+"""The README's shell commands, run as written (its Python blocks are run by Sybil)."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from varmeta.cli import app
+from varmeta.data import load
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    command.replace("\\\n", " ")
+    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for command in re.findall(r"^((?:.*\\\n)*.+)$", block, re.M)
+]
+
+
+def test_make_targets_exist() -> None:
+    targets = [c.split("#")[0].split()[1] for c in COMMANDS if c.startswith("make ")]
+    assert {"demo", "test"} <= set(targets)
+    makefile = (ROOT / "Makefile").read_text()
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.M), target
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "my_model.py" in c])
+def test_own_model_command(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = re.search(r"```python\n(import pyro.*?)```", README, re.S)
+    assert model is not None
+    Path("my_model.py").write_text(model.group(1).split("tasks =")[0])
+    load("radon").to_csv("radon.csv", index=False)
+    result = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert result.exit_code == 0, result.output
+    assert "known tasks" in result.output
+    assert Path("runs/my_model_county/table.csv").exists()
+
+
+def test_every_command_is_known() -> None:
+    known = ("make ", "varmeta compare my_model.py", "varmeta compare radon", "pip install", "git ")
+    for command in COMMANDS:
+        assert command.startswith(known), f"README shows a command that no test covers: {command}"
+
+
+def test_examples_run_at_small_size(tmp_path: Path) -> None:
+    for path in sorted((ROOT / "examples").glob("*.py")):
+        done = subprocess.run(
+            [sys.executable, str(path), "--steps", "3", "--tasks", "4"],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "adapted" in done.stdout

@@ -1,0 +1,289 @@
+"""to_arviz: a fit and its tasks as ArviZ data, an `InferenceData` (0.x) or a `DataTree` (1.x)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from varmeta.inference.fit import Fit
+from varmeta.inference.nuts import PyroNUTS
+from varmeta.models.density import Density
+from varmeta.posterior import Draws, TaskPosterior
+from varmeta.seeds import generator
+from varmeta.tasks import Tasks, TaskSource
+
+if TYPE_CHECKING:  # imported where it is used, so that `import varmeta` does not wait for it
+    import xarray as xr
+
+Variable = tuple[tuple[str, ...], np.ndarray]  # dimensions, values
+Variables = dict[str, Variable]
+
+_SAMPLE, _PRIOR, _PREDICT = range(3)  # streams of the export's seed
+_DRAW = ("chain", "draw")
+_RESERVED = {*_DRAW, "task", "row", "input", "task_of_row", "row_id"}
+_WORST_IS_LOW = ("converged", "importance_ess")  # of the other diagnostics the largest is the worst
+
+
+def to_arviz(
+    fit: Fit,
+    tasks: Tasks | None = None,
+    *,
+    posterior: TaskPosterior | None = None,
+    draws: int = 500,
+    seed: int = 0,
+) -> Any:
+    """A fit and its tasks as ArviZ data, for `az.summary`, `az.plot_forest`, `az.loo` and so on.
+
+    Groups:
+
+    - `posterior`: every adapted site by name on the model's own scale, `(chain, draw, task, ...)`;
+      every shared site and param, `(chain, draw, ...)`, constant where the strategy has a point
+      estimate of it. (New tasks adapted to by NUTS have draws of φ of their own, and `task` among
+      the dimensions.) With the draws of NUTS itself come θ0 and Σ's standard deviations, as
+      `<site>_loc` and `<site>_scale` on the unconstrained scale.
+    - `prior`: what is known of a new task before its data are seen, without `task`: θ ~ N(θ0, Σ) on
+      the model's own scale, and the shared sites. For NUTS θ0, Σ and φ are drawn from their
+      posterior, and `<site>_loc` and `<site>_scale` are there too.
+    - `posterior_predictive`, `log_likelihood`, `observed_data`: `(..., row, ...)`, the rows that
+      exist, task after task. Coordinates `task_of_row` and `row_id` (`tasks.row_ids`) say which
+      they are. The variable is the observed site; if there are several, `posterior_predictive` has
+      each, and the other two groups have one variable, `tasks.target_name`.
+    - `constant_data`: `inputs` `(row, input)`, `num_rows` `(task)`; and, save for NUTS,
+      `<site>_loc` and `<site>_scale`. They are point estimates then: repeated over draws they would
+      have no ESS or R-hat, and `az.summary` and the trace plots would warn of that.
+    - `sample_stats`: diagnostics of the adaptation, `(task)`; for the training tasks also those of
+      the last training step on each that the adaptation does not have (the worst over a task's
+      folds); for NUTS `diverging` `(chain, draw)`. Left out where there are none.
+
+    With a `"delta"` posterior all draws are alike, which leaves PSIS (`az.loo`, `az.compare`)
+    nothing to go by: ArviZ 0.x warns of every row, ArviZ 1.x raises.
+
+    Args:
+        fit: the result of `fit`.
+        tasks: tasks to adapt to; the rows are those of their support parts. None: the training
+            tasks with all of their rows.
+        posterior: the posterior of these tasks, if you have it already: `fit.posterior()`, or
+            `fit.adapt(tasks.support)`.
+        draws: how many, in one chain. Draws that the strategy made itself are all kept, chain by
+            chain, for `PyroNUTS`; there are no more of them than it made for others. (ArviZ 1.x
+            leaves a fit with fewer draws per chain than another out of their common plot.)
+        seed: of the draws; the same seed gives the same values.
+
+    Returns:
+        `arviz.InferenceData` with ArviZ 0.x, `xarray.DataTree` with ArviZ 1.x. A `/` in a name,
+        which neither allows, becomes a `.`.
+
+    Raises:
+        ValueError: a posterior of other tasks, no tasks for a fit on a stream, no draws, a site
+            with the name of a dimension or of another variable.
+    """
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, got {draws}")
+    if tasks is None and isinstance(fit.tasks, TaskSource):
+        raise ValueError("a stream's tasks are not kept; give to_arviz the tasks to adapt to")
+    _check_names(fit.density)
+    rows = fit.tasks.unsplit if tasks is None else tasks.support  # type: ignore[union-attr]
+    if posterior is None:
+        posterior = fit.posterior() if tasks is None else fit.adapt(rows)
+    elif posterior.names != rows.names:
+        raise ValueError(
+            f"posterior is of {_some(posterior.names)}, the tasks are {_some(rows.names)}; pass "
+            "the posterior of these tasks, or leave it out"
+        )
+    trained = tasks is None or tasks is fit.tasks
+    with torch.no_grad():
+        groups = _groups(fit, rows, posterior, trained, draws, seed)
+    names = np.array(rows.names)
+    coords = {
+        "task": ("task", names),
+        "task_of_row": ("row", names.repeat(rows.num_rows.cpu().numpy())),
+        "row_id": ("row", _numpy(rows.row_ids[rows.mask])),  # type: ignore[index]
+        "input": ("input", np.array(rows.input_names)),
+    }
+    attrs = {
+        "creation_library": "varmeta",
+        "inference_library": "varmeta",
+        "inference_library_version": version("varmeta-ppl"),
+        "strategy": fit.strategy.name,
+        "strategy_repr": repr(fit.strategy),
+        "posterior_kind": posterior.kind,
+        "task_name": rows.task_name,
+        "seed": fit.seed,
+        "draws_seed": seed,
+    }
+    return _container({g: _dataset(v, coords) for g, v in groups.items() if v}, attrs)
+
+
+def _groups(
+    fit: Fit, rows: Tasks, posterior: TaskPosterior, trained: bool, draws: int, seed: int
+) -> dict[str, Variables]:
+    density, device = fit.density, fit.prior.loc.device
+    nuts, chains = isinstance(fit.strategy, PyroNUTS), 1
+    if isinstance(posterior, Draws):
+        chains, total = posterior.num_chains, len(posterior.draws)
+        draws = total if nuts or chains > 1 else min(draws, total)
+    theta, shared = posterior.sample(draws, generator(seed, _SAMPLE, device=device))
+    drawn = _drawn(density.constrain(theta), "task", chains=chains)
+    drawn |= _shared(density, shared, draws, chains)
+    hyper, learned = _prior(fit, draws, chains, generator(seed, _PRIOR, device=device))
+    stats = _stats(fit, posterior, trained)
+    constant = {"num_rows": _variable("num_rows", rows.num_rows, "task")}
+    if rows.inputs[0, 0].numel():
+        named = rows.inputs.dim() == 3 and len(rows.input_names) == rows.inputs.shape[-1]
+        lead = ("row", "input") if named else ("row",)
+        constant["inputs"] = _variable("inputs", rows.inputs[rows.mask], *lead)
+    if not nuts:
+        constant |= hyper
+    elif isinstance(posterior, Draws) and torch.equal(posterior.draws, fit.state.tensors["theta"]):
+        # A new task's draws were resampled, and belong to no draw of θ0 and Σ in particular.
+        drawn |= hyper
+        stats |= _drawn({"diverging": fit.state.tensors["diverging"]}, chains=chains)
+
+    predicted = density.predict(theta, rows, generator(seed, _PREDICT, device=device), shared)
+    target = density.observed[0] if len(density.observed) == 1 else rows.target_name
+    log_likelihood = {target: density.log_likelihood(theta, rows, shared)[:, rows.mask]}
+    return {
+        "posterior": drawn,
+        "prior": learned,
+        "posterior_predictive": _drawn(
+            {name: value[:, rows.mask] for name, value in predicted.items()}, "row", chains=chains
+        ),
+        "log_likelihood": _drawn(log_likelihood, "row", chains=chains),
+        "observed_data": {target: _variable(target, rows.targets[rows.mask], "row")},
+        "constant_data": constant,
+        "sample_stats": stats,
+    }
+
+
+def _prior(
+    fit: Fit, draws: int, chains: int, noise: torch.Generator
+) -> tuple[Variables, Variables]:
+    """θ0 and the standard deviations of Σ; a new task's θ ~ N(θ0, Σ), with φ."""
+    density, prior = fit.density, fit.prior
+    if not isinstance(fit.strategy, PyroNUTS):
+        variance = prior.scale**2 + (0 if prior.factor is None else prior.factor.square().sum(-1))
+        hyper = _hyper(density, prior.loc, variance.sqrt())
+        new = _drawn(density.constrain(prior.sample((draws,), noise)), chains=chains)
+        return hyper, new | _shared(density, fit.shared, draws, chains)
+    kept, chains = fit.state.tensors, fit.strategy.chains
+    loc, scale = kept["loc"], kept["log_scale"].exp()[:, prior.groups]
+    theta = loc + scale * torch.randn(
+        loc.shape, generator=noise, dtype=loc.dtype, device=loc.device
+    )
+    hyper = _hyper(density, loc, scale, *_DRAW, chains=chains)
+    new = _drawn(density.constrain(theta), chains=chains)
+    return hyper, new | _shared(density, kept["shared"][:, None], len(loc), chains) | hyper
+
+
+def _variable(stem: str, value: Tensor | np.ndarray, *lead: str, chains: int = 1) -> Variable:
+    """Leading dimensions by name, the others as `<stem>_dim_k`; draws are split into chains."""
+    array = _numpy(value)
+    if lead[:2] == _DRAW:
+        array = array.reshape(chains, len(array) // chains, *array.shape[1:])
+    return (*lead, *(f"{stem}_dim_{k}" for k in range(array.ndim - len(lead)))), array
+
+
+def _drawn(values: Mapping[str, Tensor], *lead: str, chains: int) -> Variables:
+    return {name: _variable(name, v, *_DRAW, *lead, chains=chains) for name, v in values.items()}
+
+
+def _shared(density: Density, shared: Tensor, draws: int, chains: int) -> Variables:
+    """φ `[P]`, one value for all draws, or `[S, T, P]`, most often the same for all tasks."""
+    lead = ["task"]
+    if shared.dim() == 1:
+        shared, lead = shared.expand(draws, -1), []
+    elif torch.equal(shared, shared[:, :1].expand_as(shared)):
+        shared, lead = shared[:, 0], []
+    return _drawn(density.constrain_shared(shared), *lead, chains=chains)
+
+
+def _hyper(density: Density, loc: Tensor, scale: Tensor, *lead: str, chains: int = 1) -> Variables:
+    """`<site>_loc` and `<site>_scale` from flat `[..., D]`, in the sites' unconstrained shapes."""
+    out = {}
+    for kind, flat in (("loc", loc), ("scale", scale)):
+        parts = flat.split([site.size for site in density.sites], dim=-1)
+        for site, part in zip(density.sites, parts, strict=True):
+            same = site.unconstrained_shape == site.shape  # not so for a simplex
+            stem = site.name if same else f"{site.name}_unconstrained"
+            value = part.reshape(flat.shape[:-1] + site.unconstrained_shape)
+            out[f"{site.name}_{kind}"] = _variable(stem, value, *lead, chains=chains)
+    return out
+
+
+def _stats(fit: Fit, posterior: TaskPosterior, trained: bool) -> Variables:
+    values = {name: _numpy(value) for name, value in posterior.stats.items()}
+    if trained:
+        values = _training_stats(fit) | values
+    return {
+        {"grad_norm": "gradient_norm"}.get(name, name): _variable(name, value, "task")
+        for name, value in values.items()
+    }
+
+
+def _training_stats(fit: Fit) -> dict[str, np.ndarray]:
+    """`fit.stats` per task; the strategy may have seen each task as several, one for each fold."""
+    assert isinstance(fit.tasks, Tasks)
+    values = {name: _numpy(value) for name, value in fit.stats.items()}
+    wanted, seen = fit.tasks.names, fit.strategy.prepare(fit.tasks, fit.seed).names  # type: ignore[union-attr]
+    if seen == wanted:
+        return values
+    owner = np.array([name.rsplit(" [", 1)[0] for name in seen])
+    if set(owner) != set(wanted):  # tasks of the strategy's own making
+        return {}
+    out = {}
+    for name, value in values.items():
+        worst = np.fmin if name in _WORST_IS_LOW else np.fmax  # NaN is a fold that no step has seen
+        out[name] = np.array([worst.reduce(value[owner == task]) for task in wanted])
+    return out
+
+
+def _dataset(variables: Variables, coords: Mapping[str, tuple[str, np.ndarray]]) -> xr.Dataset:
+    """With a coordinate for every dimension, without which some plots of ArviZ 1.x fail."""
+    import xarray as xr
+
+    dataset = xr.Dataset(
+        {
+            name.replace("/", "."): (tuple(dim.replace("/", ".") for dim in dims), values)
+            for name, (dims, values) in variables.items()
+        }
+    )
+    index: dict[str, Any] = {str(d): np.arange(size) for d, size in dataset.sizes.items()}
+    index |= {name: coord for name, coord in coords.items() if coord[0] in dataset.sizes}
+    return dataset.assign_coords(index)
+
+
+def _container(groups: dict[str, xr.Dataset], attrs: Mapping[str, Any]) -> Any:
+    import xarray as xr
+
+    if int(version("arviz").split(".")[0]) >= 1:
+        return xr.DataTree.from_dict({"/": xr.Dataset(attrs=attrs), **groups})
+    import arviz
+
+    arguments: dict[str, Any] = {"attrs": dict(attrs), **groups}
+    return arviz.InferenceData(**arguments)
+
+
+def _check_names(density: Density) -> None:
+    latents = [site.name for site in (*density.sites, *density.shared_sites)]
+    derived = {f"{site.name}_{kind}" for site in density.sites for kind in ("loc", "scale")}
+    taken = [n for n in latents if n in derived] + [
+        n for n in (*latents, *density.observed) if n in _RESERVED
+    ]
+    if taken:
+        raise ValueError(
+            f"site {taken[0]!r} has the name of something else in the exported data (a dimension, "
+            "a coordinate, or <site>_loc or <site>_scale); rename it in the model"
+        )
+
+
+def _numpy(value: Tensor | np.ndarray) -> np.ndarray:
+    return value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+
+
+def _some(names: tuple[str, ...]) -> str:
+    return ", ".join(map(repr, names[:3])) + (f", ... ({len(names)})" if len(names) > 3 else "")

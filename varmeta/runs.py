@@ -1,0 +1,100 @@
+"""RunFolder: the output folder of a comparison, never half-written, never lost by accident."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_MANIFEST = "run.json"
+
+
+class RunFolder:
+    """A folder that one comparison writes into.
+
+    `run.json` in it says what the run is, which files it wrote and whether it is finished.
+
+    Args:
+        folder: made if it does not exist.
+        settings: what identifies the run (JSON values); a run resumes only under the same ones.
+        overwrite: remove the files of the run that is there, finished or not. Files that no run
+            wrote are never touched.
+
+    Raises:
+        FileExistsError: the folder holds a finished run, an unfinished run of other settings, or
+            files but no run.
+    """
+
+    def __init__(
+        self, folder: Path, settings: Mapping[str, Any], *, overwrite: bool = False
+    ) -> None:
+        self.folder = folder
+        self._manifest = {"finished": False, "settings": json.loads(json.dumps(settings)), "files": []}
+        found = folder / _MANIFEST
+        if found.exists():
+            there = json.loads(found.read_text())
+            if overwrite:
+                for name in there["files"]:
+                    (folder / name).unlink(missing_ok=True)
+            elif there["finished"]:
+                raise FileExistsError(
+                    f"folder {str(folder)!r} holds a finished run; give overwrite=True "
+                    "(--overwrite) to replace it, or another folder"
+                )
+            elif there["settings"] != self._manifest["settings"]:
+                raise FileExistsError(
+                    f"folder {str(folder)!r} holds an unfinished run with other settings; repeat "
+                    "them to resume it, give overwrite=True (--overwrite) to drop it, or another "
+                    "folder"
+                )
+            else:
+                self._manifest["files"] = there["files"]
+        elif folder.exists() and any(folder.iterdir()):
+            raise FileExistsError(
+                f"folder {str(folder)!r} holds files that are no run of varmeta; give an empty or "
+                "a new folder"
+            )
+        (folder / "states").mkdir(parents=True, exist_ok=True)
+        self._save()
+
+    @staticmethod
+    def file_name(name: str) -> str:
+        """A strategy's name as the stem of a file name."""
+        return re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")
+
+    def state_file(self, name: str) -> Path:
+        """Where the named strategy's checkpoint lies."""
+        path = self.folder / "states" / f"{self.file_name(name)}.pt"
+        self.add([path])
+        return path
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """A path to write to; it gets its name only when the block ends well."""
+        target = self.folder / name
+        part = target.with_name(f"part_{name}")  # a suffix of its own would change the format
+        try:
+            yield part
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+        self.add([target])
+
+    def add(self, paths: Iterable[Path]) -> None:
+        """Note files as this run's."""
+        names = [path.relative_to(self.folder).as_posix() for path in paths]
+        self._manifest["files"] = list(dict.fromkeys([*self._manifest["files"], *names]))
+        self._save()
+
+    def finish(self) -> None:
+        """Mark the run as finished."""
+        self._manifest["finished"] = True
+        self._save()
+
+    def _save(self) -> None:
+        part = self.folder / f"part_{_MANIFEST}"
+        part.write_text(json.dumps(self._manifest, indent=2))
+        part.replace(self.folder / _MANIFEST)
