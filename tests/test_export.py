@@ -526,8 +526,12 @@ def test_the_seed_decides() -> None:
     run = unfitted()
     one, same, other = (to_arviz(run, posterior=gaussian(), draws=9, seed=s) for s in (4, 4, 5))
     assert_equal_exports(one, same)
-    for name, key in (("posterior", "a"), ("prior", "a"), ("posterior_predictive", "score")):
+    for name, key in (("posterior", "a"), ("prior", "a")):
         assert not np.isclose(group(one, name)[key], group(other, name)[key]).any()
+    point = Delta(DENSITY, TASKS.names, SHARED, noise(T, DENSITY.dim))
+    drawn = [to_arviz(run, posterior=point, draws=9, seed=s) for s in (4, 5)]
+    first, second = (group(data, "posterior_predictive")["score"] for data in drawn)
+    assert not np.isclose(first, second).any()
 
 
 def test_attributes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import helpers
 import numpy as np
@@ -327,7 +328,7 @@ def test_a_stream_gives_the_same_batch_however_often_and_in_whatever_order():
     forward = [one.batch(k).inputs for k in range(4)]
     backward = [two.batch(k).inputs for k in reversed(range(4))][::-1]
     assert all(map(torch.equal, forward, backward))
-    assert not any(torch.equal(a, b) for a, b in zip(forward, forward[1:], strict=False))
+    assert not any(torch.equal(a, b) for a, b in pairwise(forward))
     assert not torch.equal(TaskSource(draw, seed=5).batch(0).inputs, forward[0])
 
 

@@ -32,12 +32,10 @@ from varmeta.seeds import generator
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#F0E442")
 _MARKERS = ("o", "s", "^", "v", "P", "X", "h", "p", "d")
 _INK, _MUTED, _GRID, _BAND, _TINT = "#222222", "#6b6b6b", "#e4e4e4", "#f6f6f6", "#e6f0f9"
-_DRAWS, _NUMBERS = (
-    1000,
-    40_000_000,
-)  # draws of a posterior, fewer if they are more numbers than that
+_DRAWS, _NUMBERS = 1000, 40_000_000  # draws of a posterior, and how many numbers they may be
 _ONE_COLUMN, _MOST_TASKS, _MOST_COMPONENTS = 45, 160, 4
 _DASHES = (0, (5, 3))
+_SMALL_CHANGE = 0.2  # nats per task that a loss panel shows at least
 
 
 def forest(comparison: Comparison, site: str, component: int | None = None) -> Figure:
@@ -54,53 +52,46 @@ def forest(comparison: Comparison, site: str, component: int | None = None) -> F
     Raises:
         ValueError: no such site or component.
     """
-    k = _component(comparison, site, component)
+    k, label = _component(comparison, site, component)
     estimates, styles = _estimates(comparison, site, k), _styles(comparison)
     names, rows, known = _tasks(comparison)
     order = np.lexsort((-estimates[comparison.reference or next(iter(estimates))][0], -rows))
     if len(order) > _MOST_TASKS:
         order = order[np.linspace(0, len(order) - 1, _MOST_TASKS).round().astype(int)]
-    kind, label = comparison.train.task_name, _label(site, component)
-    columns = _columns(kind, order, known, 1 if len(order) <= _ONE_COLUMN else 2)
-    deep = max(len(column) for column in columns)
-    low, high = _limits(estimates)
+    kind, some = comparison.train.task_name, f" ({len(order)} of {len(names)} shown)"
+    columns = _columns(kind, order, known)
+    deep = max(map(len, columns))
     everything = np.stack([*estimates.values()])
+    low, high = _limits(everything)
     cut = bool((everything < low).any() or (everything > high).any())
-    some = "" if len(order) == len(names) else f" ({len(order)} of {len(names)} shown)"
     fig = _figure(
         8.6 if len(columns) == 1 else 14.0,
         0.75 + deep * max(0.26, 0.062 * len(estimates) + 0.05),
-        f"{label} of each {kind}, by strategy{some}",
+        f"{label} of each {kind}, by strategy" + some * (len(order) < len(names)),
         "Point: posterior mean. Bar: 90% interval. Dashed line: the population mean that the "
         "strategy learned." + " Bars and hollow triangles at the edge go on beyond it." * cut,
-        [
-            _line(name, marker=s.get("marker"), color=s["color"], lw=1.4)
-            for name, s in styles.items()
-        ],
+        [_line(name, **style | {"ls": "-", "lw": 1.4}) for name, style in styles.items()],
     )
     for ax, column in zip(fig.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
         _clean(ax, "x")
         ax.set(xlim=(low, high), ylim=(deep - 0.4, -0.6), xlabel=label)
-        for y, entry in enumerate(column):
-            colour = _TINT if isinstance(entry, int) and entry >= known else _BAND
-            if isinstance(entry, int) and (y % 2 or colour == _TINT):
-                ax.axhspan(
-                    y - 0.5, y + 0.5, color=colour, alpha=1 if y % 2 else 0.5, lw=0, zorder=0
-                )
-        slots = np.array([y for y, entry in enumerate(column) if isinstance(entry, int)])
-        index = [entry for entry in column if isinstance(entry, int)]
+        shown = [(y, entry) for y, entry in enumerate(column) if isinstance(entry, int)]
+        for y, i in shown:
+            tint, shade = _TINT if i >= known else _BAND, 1 if y % 2 else 0.5 * (i >= known)
+            ax.axhspan(y - 0.5, y + 0.5, color=tint, alpha=shade, lw=0, zorder=0)
+        slots, index = np.array(shown).T
         dodge = np.linspace(-0.38, 0.38, len(estimates)) if len(estimates) > 1 else np.zeros(1)
         for (name, estimate), offset in zip(estimates.items(), dodge, strict=True):
             style, y, (mean, left, right) = styles[name], slots + offset, estimate[:, index]
-            centre = _centre(comparison, name, site, k)
+            colour, centre = style["color"], _centre(comparison, name, site, k)
             if centre is not None:
-                ax.axvline(centre, color=style["color"], lw=0.9, ls=_DASHES, alpha=0.6, zorder=1)
-            ax.hlines(y, left, right, color=style["color"], lw=1.3, gid=f"interval:{name}")
+                ax.axvline(centre, color=colour, lw=0.9, ls=_DASHES, alpha=0.6, zorder=1)
+            ax.hlines(y, left, right, color=colour, lw=1.3, gid=f"interval:{name}")
             ax.plot(mean, y, ms=4.4, mew=0, gid=f"mean:{name}", **style)
-            look = style | {"ms": 5, "mfc": "white", "clip_on": False}
             for out, edge, marker in ((mean < low, low, "<"), (mean > high, high, ">")):
                 if out.any():
-                    ax.plot(np.full(out.sum(), edge), y[out], **look | {"marker": marker})
+                    look = style | {"marker": marker, "ms": 5, "mfc": "white", "clip_on": False}
+                    ax.plot(np.full(out.sum(), edge), y[out], gid=f"beyond:{name}", **look)
         _name_rows(ax, column, names, rows)
     return fig
 
@@ -110,7 +101,7 @@ def shrinkage(comparison: Comparison, site: str, component: int | None = None) -
 
     None without an outcome of `NoPooling`, or with no other. Arguments and errors as of `forest`.
     """
-    k, styles = _component(comparison, site, component), _styles(comparison)
+    k, label = _component(comparison, site, component)
     means = {name: e[0] for name, e in _estimates(comparison, site, k).items()}
     strategies = {name: o.fit.strategy for name, o in comparison.outcomes.items()}
     alone = next((n for n, s in strategies.items() if isinstance(s, NoPooling)), None)
@@ -118,41 +109,38 @@ def shrinkage(comparison: Comparison, site: str, component: int | None = None) -
         return None
     x = means.pop(alone)
     _, rows, known = _tasks(comparison)
-    kind, label = comparison.train.task_name, _label(site, component)
-    area = 18 * np.sqrt(rows)
+    kind, dot = comparison.train.task_name, {"marker": "o", "ls": "none"}
+    unit = min(50.0, 170 / math.sqrt(rows.max()))  # a dot's area is this × √rows, in points²
     handles = [
-        _line(f"no pooling: each {kind} by itself", lw=1),
+        _line(f"no pooling, each {kind} by itself", lw=1),
         _line("learned population mean", lw=1.1, ls=_DASHES, color=_INK),
     ]
-    dot = {"marker": "o", "ls": "none"}
-    sizes = np.unique(np.quantile(rows, [0, 0.5, 1], method="nearest"))
+    sizes = sorted({rows.min(), round(math.sqrt(rows.min() * rows.max())), rows.max()})
     for n in sizes if len(sizes) > 1 else ():
-        handles.append(_line(f"{n} row{'s' if n > 1 else ''} seen", ms=math.sqrt(18 * n**0.5), **dot))
+        size = math.sqrt(unit * math.sqrt(n))
+        handles.append(_line(f"{n} row{'s' if n > 1 else ''} seen", ms=size, **dot))
     if comparison.new is not None:
         handles.append(_line(f"new {kind}", ms=6, mfc="none", **dot))
-    fig, axes = _panels(
-        len(means),
+    fig, panels = _panels(
+        {name: style for name, style in _styles(comparison).items() if name != alone},
         3.1,
-        f"How far each strategy pulls {label} towards the population",
-        f"Each dot is a {kind}. On the solid line nothing is pulled, on the dashed line everything.",
+        f"How far each strategy pulls “{label}” towards the population",
+        f"Each dot is a {kind}. Solid line: not pulled at all. Dashed line: pulled all the way.",
         handles,
     )
-    for ax, (name, mean) in zip(axes, means.items(), strict=True):
-        colour = _title(ax, name, styles)
-        ax.set(xlim=_padded(x), ylim=_padded(np.concatenate([*means.values()])))
+    limits = _padded(np.stack([x, *means.values()]))
+    for name, (ax, colour) in panels.items():
+        ax.set(xlim=limits, ylim=limits)
         ax.axline((0, 0), slope=1, color=_MUTED, lw=1)
         centre = _centre(comparison, name, site, k)
         if centre is not None:
             ax.axhline(centre, color=_INK, lw=1.1, ls=_DASHES)
-        solid = {"color": colour, "alpha": 0.7, "ec": "white", "lw": 0.5}
-        hollow = {"fc": "none", "ec": colour, "lw": 1.2}
-        for gid, part, look in (
-            ("known", slice(0, known), solid),
-            ("new", slice(known, None), hollow),
-        ):
-            ax.scatter(x[part], mean[part], area[part], gid=f"{gid}:{name}", zorder=3, **look)
-        ax.set_xlabel(f"{label}, no pooling", fontsize=9)
-        ax.set_ylabel(f"{label}, this strategy", fontsize=9)
+        solid: dict[str, Any] = {"color": colour, "alpha": 0.7, "ec": "white", "lw": 0.5}
+        hollow: dict[str, Any] = {"fc": "none", "ec": colour, "lw": 1.2}
+        points = (x, means[name], unit * np.sqrt(rows))
+        ax.scatter(*(v[:known] for v in points), gid=f"known:{name}", zorder=3, **solid)
+        ax.scatter(*(v[known:] for v in points), gid=f"new:{name}", zorder=3, **hollow)
+        ax.set(xlabel=f"{label}, no pooling", ylabel=f"{label}, this strategy")
         ax.label_outer()
     return fig
 
@@ -162,43 +150,37 @@ def training_curves(comparison: Comparison) -> Figure | None:
 
     None if no strategy takes more than one step.
     """
-    styles = _styles(comparison)
     fits = {n: o.fit for n, o in comparison.outcomes.items() if len(o.fit.history) > 1}
     if not fits:
         return None
-    handles: list[Line2D | Patch] = [
-        _line("each step", lw=0.8, alpha=0.5),
-        _line("running median", lw=1.8),
-    ]
+    handles = [_line("each step", lw=0.8, alpha=0.5), _line("running median", lw=1.8)]
     if any(isinstance(fit.strategy, PyroNUTS) for fit in fits.values()):
         handles.append(Patch(color=_GRID, label="warm-up, chain after chain"))
-    fig, axes = _panels(
-        len(fits),
-        2.6,
+    fig, panels = _panels(
+        {name: style for name, style in _styles(comparison).items() if name in fits},
+        2.7,
         "Training, step by step",
         "Each strategy minimises an objective of its own: compare shapes, not heights. "
         "The first steps may lie outside a panel.",
         handles,
     )
-    for ax, (name, fit) in zip(axes, fits.items(), strict=True):
-        colour, strategy = _title(ax, name, styles), fit.strategy
-        step, loss = fit.history["step"].to_numpy(), fit.history["loss"].to_numpy(dtype=float)
+    for name, (ax, colour) in panels.items():
+        history, strategy = fits[name].history, fits[name].strategy
+        step, loss = history["step"].to_numpy(), history["loss"].to_numpy(dtype=float)
         settled, unit, what = step > step[-1] / 4, "step", "loss"
         if isinstance(strategy, PyroNUTS):
-            unit, what = "transition", "potential energy"
-            chain, position = np.divmod(step - 1, strategy.warmup + strategy.draws)
-            settled = position >= strategy.warmup
-            for c in np.unique(chain):
-                warm = step[(chain == c) & ~settled]
-                if len(warm):
-                    ax.axvspan(warm[0] - 0.5, warm[-1] + 0.5, color=_GRID, lw=0, gid="warm-up")
-        smooth = fit.history["loss"].rolling(max(len(loss) // 25, 1), center=True, min_periods=1)
+            unit, what, period = "transition", "potential energy", strategy.warmup + strategy.draws
+            settled = (step - 1) % period >= strategy.warmup
+            for start in range(0, int(step[-1]), period) if strategy.warmup else ():
+                end = start + strategy.warmup + 0.5
+                ax.axvspan(start + 0.5, end, color=_GRID, lw=0, zorder=0, gid="warm-up")
+        smooth = history["loss"].rolling(len(loss) // 50 * 2 + 1, center=True, min_periods=1)
         ax.plot(step, loss, color=colour, lw=0.8, alpha=0.5, gid=f"loss:{name}")
         ax.plot(step, smooth.median(), color=colour, lw=1.8)
-        ylim = _padded(np.quantile(loss[settled] if settled.any() else loss, [0.005, 0.995]), 0.25)
-        ax.set(xlim=(0, step[-1] + 1), ylim=ylim)
-        ax.set_xlabel(unit, fontsize=9)
-        ax.set_ylabel(f"{what}, nats per task", fontsize=9)
+        low, high = np.quantile(loss[settled] if settled.any() else loss, [0.005, 0.995])
+        extra = max(_SMALL_CHANGE - (high - low), 0) / 2
+        ax.set(xlim=(0, step[-1] + 1), ylim=_padded(np.array([low - extra, high + extra]), 0.25))
+        ax.set(xlabel=unit, ylabel=f"{what}, nats per task")
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     return fig
 
@@ -209,49 +191,41 @@ def scores(comparison: Comparison) -> Figure | None:
     A pair of panels per set of tasks, the best strategy on top; None if nothing was held out.
     """
     table, styles = comparison.table.dropna(subset=["elpd"]), _styles(comparison)
-    sets = [table[table["set"] == which] for which in table["set"].unique()]
+    sets = {which: table[table["set"] == which] for which in table["set"].unique()}
     if not sets:
         return None
-    heights = [0.9 + 0.33 * len(part) for part in sets]
+    heights = [0.9 + 0.33 * len(part) for part in sets.values()]
     fig = _figure(
         12.0,
         sum(heights),
         "How well each strategy predicts rows that it has not seen",
-        "Further right is better. Bars: ± 1 standard error across tasks. The differences are taken "
-        "row by row, so that their own, smaller errors are what tells strategies apart.",
+        "Log predictive density: more is better. Bars: ± 1 standard error across tasks; on the "
+        "right that of the difference on the same rows, which is what tells strategies apart.",
         [],
     )
     axes = fig.subplots(len(sets), 2, squeeze=False, gridspec_kw={"height_ratios": heights})
-    for line, part in zip(axes, sets, strict=True):
+    for pair, (which, part) in zip(axes, sets.items(), strict=True):
         part = part.sort_values("elpd", ascending=False, kind="stable")
-        which = part["set"].iloc[0]
-        for ax, column, heading in (
-            (line[0], "elpd", f"{which}: log predictive density, nats per row"),
-            (line[1], "elpd_diff", "difference to the best, nats per row"),
-        ):
-            _clean(ax, "x")
-            ax.set_title(_plain(heading), loc="left", fontsize=10.5, color=_INK, fontweight="bold")
-            ax.set(ylim=(len(part) - 0.5, -0.5))
+        headings = (f"{which}: log density", "difference to the best")
+        for ax, column, heading in zip(pair, ("elpd", "elpd_diff"), headings, strict=True):
+            _clean(ax, "x", f"{heading}, nats per row")
             for y, row in enumerate(part.to_dict("records")):
                 style, x, error = styles[row["strategy"]], row[column], row[f"{column}_se"]
                 reach = np.nan_to_num(error)
                 ax.hlines(y, x - reach, x + reach, color=style["color"], lw=1.8)
                 gid = f"{column}:{which}:{row['strategy']}"
                 ax.plot(x, y, ms=7.5, mew=0.7, mec="white", gid=gid, **style)
-                text = "best" if column == "elpd_diff" and x == 0 else f"{x:.3f} ± {error:.3f}"
-                ax.annotate(
-                    text.replace("-", "−").replace("± nan", ""),
-                    (1.015, y),
-                    xycoords=ax.get_yaxis_transform(),
-                    va="center",
-                    fontsize=8.5,
-                    color=_MUTED,
-                    annotation_clip=False,
-                )
-            ax.set_yticks(range(len(part)), [_plain(n) for n in part["strategy"]], fontsize=9)
-            ax.xaxis.set_major_locator(MaxNLocator(5))
-        line[1].axvline(0, color=_MUTED, lw=0.8, zorder=1)
-        line[1].tick_params(labelleft=False)
+                text = f"{x:.3f} ± {error:.3f}".replace("-", "−").removesuffix(" ± nan")
+                text = "best" if column == "elpd_diff" and x == 0 else text
+                at = ax.get_yaxis_transform()
+                ax.text(1.015, y, text, transform=at, va="center", fontsize=8.5, color=_MUTED)
+            ax.set_yticks(
+                range(len(part)), [_plain(textwrap.fill(n, 40)) for n in part["strategy"]]
+            )
+            ax.set(ylim=(len(part) - 0.5, -0.5))
+            ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+        pair[1].axvline(0, color=_MUTED, lw=0.8, zorder=1)
+        pair[1].tick_params(labelleft=False)
     return fig
 
 
@@ -262,12 +236,11 @@ def write_figures(comparison: Comparison, folder: str | PathLike[str]) -> list[P
     number appended for those of two to four; `training_curves` and `scores`. A file appears under
     its name only when it is complete.
     """
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+    Path(folder).mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
 
     def write(name: str, fig: Figure | None) -> None:
-        path = target / (re.sub(r"[^\w.-]+", "_", name) + ".png")
+        path = Path(folder) / (re.sub(r"[^\w.-]+", "_", name) + ".png")
         while path in written:  # two names may differ only in what a file name cannot hold
             path = path.with_stem(path.stem + "_")
         part = path.with_name(f"part_{path.name}")
@@ -290,10 +263,11 @@ def write_figures(comparison: Comparison, folder: str | PathLike[str]) -> list[P
     return written
 
 
-# -- numbers ----------------------------------------------------------------------------------------
+# -- numbers ---------------------------------------------------------------------------------------
 
 
-def _component(comparison: Comparison, site: str, component: int | None) -> int:
+def _component(comparison: Comparison, site: str, component: int | None) -> tuple[int, str]:
+    """Position in the flattened value, and what to call it."""
     sizes = {s.name: s.shape.numel() for s in comparison.density.sites}
     if site not in sizes:
         raise ValueError(f"site: no adapted site {site!r}; there are: {', '.join(sizes)}")
@@ -301,19 +275,17 @@ def _component(comparison: Comparison, site: str, component: int | None) -> int:
         raise ValueError(f"component: site {site!r} has {sizes[site]} of them; say which")
     if not 0 <= (component or 0) < sizes[site]:
         raise ValueError(f"component must lie between 0 and {sizes[site] - 1}, got {component}")
-    return component or 0
+    return component or 0, site if component is None else f"{site}[{component}]"
 
 
 def _estimates(comparison: Comparison, site: str, k: int) -> dict[str, np.ndarray]:
     """By strategy `[3, T]` (mean, 5%, 95%) over known, then new tasks; NaN where it has none."""
-    none = np.full((3, len(comparison.new) if comparison.new is not None else 0), np.nan)
-    return {
-        name: np.concatenate(
-            [_summary(o.known, site, k), none if o.new is None else _summary(o.new, site, k)],
-            axis=1,
-        )
-        for name, o in comparison.outcomes.items()
-    }
+    none = np.full((3, 0 if comparison.new is None else len(comparison.new)), np.nan)
+    out = {}
+    for name, o in comparison.outcomes.items():
+        new = none if o.new is None else _summary(o.new, site, k)
+        out[name] = np.concatenate([_summary(o.known, site, k), new], axis=1)
+    return out
 
 
 def _summary(posterior: TaskPosterior, site: str, k: int) -> np.ndarray:
@@ -342,13 +314,11 @@ def _tasks(comparison: Comparison) -> tuple[list[str], np.ndarray, int]:
     return [name for t in sets for name in t.names], rows, len(comparison.train)
 
 
-def _limits(estimates: dict[str, np.ndarray]) -> tuple[float, float]:
+def _limits(estimates: np.ndarray) -> tuple[float, float]:
     """Room for nearly all intervals; a few very wide ones must not squeeze the rest."""
-    ends = np.stack([*estimates.values()])
-    low, high = np.nanquantile(ends[:, 1], 0.1), np.nanquantile(ends[:, 2], 0.9)
-    reach = 0.5 * (high - low)
-    inside = np.array([max(np.nanmin(ends), low - reach), min(np.nanmax(ends), high + reach)])
-    return _padded(inside, 0.03)
+    low, high = np.nanquantile(estimates[:, 1], 0.1), np.nanquantile(estimates[:, 2], 0.9)
+    ends = np.array([low, high]) + 0.5 * (high - low) * np.array([-1, 1])
+    return _padded(np.clip(ends, np.nanmin(estimates), np.nanmax(estimates)), 0.03)
 
 
 def _padded(values: np.ndarray, share: float = 0.06) -> tuple[float, float]:
@@ -357,18 +327,18 @@ def _padded(values: np.ndarray, share: float = 0.06) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-# -- looks ------------------------------------------------------------------------------------------
+# -- looks -----------------------------------------------------------------------------------------
 
 
 def _styles(comparison: Comparison) -> dict[str, dict[str, Any]]:
     """A colour and a marker for each strategy; black for the reference."""
-    others = [name for name in comparison.outcomes if name != comparison.reference]
-    look = {n: (_COLOURS[i % 8], _MARKERS[i % 9]) for i, n in enumerate(others)}
-    if comparison.reference is not None:
-        look[comparison.reference] = ("#000000", "D")
-    return {
-        n: {"color": look[n][0], "marker": look[n][1], "ls": "none"} for n in comparison.outcomes
-    }
+    styles, taken = {}, 0
+    for name in comparison.outcomes:
+        look = (_COLOURS[taken % len(_COLOURS)], _MARKERS[taken % len(_MARKERS)])
+        taken += name != comparison.reference
+        colour, marker = ("#000000", "D") if name == comparison.reference else look
+        styles[name] = {"color": colour, "marker": marker, "ls": "none"}
+    return styles
 
 
 def _plain(text: str) -> str:
@@ -376,90 +346,66 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _label(site: str, component: int | None) -> str:
-    return site if component is None else f"{site}[{component}]"
-
-
-def _line(label: str, **look: Any) -> Line2D:
+def _line(label: str, **look: Any) -> Any:
     return Line2D([], [], **{"color": _MUTED, "label": _plain(label), **look})
 
 
 def _figure(width: float, height: float, title: str, note: str, handles: list[Any]) -> Figure:
     """A figure whose panels take `height` inches below a title, a note and a legend."""
-    head = textwrap.wrap(title, int(width / 0.125))
-    small = textwrap.wrap(note, int(width / 0.079))
-    widest = max((len(h.get_label()) for h in handles), default=0)
-    across = max(int(width / (0.085 * widest + 0.6)), 1)
-    below_title = 0.17 + 0.25 * len(head)
-    below_note = below_title + 0.19 * len(small) + 0.05
-    top = below_note + 0.22 * math.ceil(len(handles) / across) + 0.1
-    total = height + top
-    fig = Figure(
-        figsize=(width, total),
-        facecolor="white",
-        layout=ConstrainedLayoutEngine(
-            rect=(0, 0, 1, height / total), w_pad=0.12, h_pad=0.1, wspace=0.02
-        ),
-    )
-    x = 0.14 / width
-    for lines, y, look in (
-        (head, 0.15, {"fontsize": 14, "fontweight": "bold", "color": _INK}),
-        (small, below_title, {"fontsize": 9.5, "color": _MUTED}),
-    ):
-        fig.text(x, 1 - y / total, _plain("\n".join(lines)), va="top", linespacing=1.25, **look)
+    title, note = (textwrap.fill(t, int(width / w)) for t, w in ((title, 0.125), (note, 0.079)))
+    widest = max((len(handle.get_label()) for handle in handles), default=0)
+    across = min(max(int(width / (0.085 * widest + 0.6)), 1), len(handles)) or 1
+    below_title = 0.42 + 0.25 * title.count("\n")
+    below_note = below_title + 0.24 + 0.19 * note.count("\n")
+    total = height + below_note + 0.22 * math.ceil(len(handles) / across) + 0.1
+    panels = (0.0, 0.0, 1.0, height / total)
+    layout = ConstrainedLayoutEngine(rect=panels, w_pad=0.12, h_pad=0.1, wspace=0.02)
+    fig = Figure(figsize=(width, total), facecolor="white", layout=layout)
+    x, top = 0.14 / width, {"va": "top", "linespacing": 1.25}
+    bold: dict[str, Any] = {"fontsize": 14, "fontweight": "bold", "color": _INK, **top}
+    thin: dict[str, Any] = {"fontsize": 9.5, "color": _MUTED, **top}
+    fig.text(x, 1 - 0.15 / total, _plain(title), **bold)
+    fig.text(x, 1 - below_title / total, _plain(note), **thin)
     if handles:
-        fig.legend(
-            handles=handles,
-            loc="upper left",
-            bbox_to_anchor=(x, 1 - below_note / total),
-            ncols=min(across, len(handles)),
-            frameon=False,
-            fontsize=9.5,
-            labelcolor=_INK,
-            borderpad=0,
-            borderaxespad=0,
-            handletextpad=0.6,
-            columnspacing=1.6,
-        )
+        look: dict[str, Any] = {"frameon": False, "fontsize": 9.5, "labelcolor": _INK}
+        look |= {"borderpad": 0, "borderaxespad": 0, "handletextpad": 0.6, "columnspacing": 1.6}
+        look |= {"bbox_to_anchor": (x, 1 - below_note / total), "ncols": across}
+        fig.legend(handles=handles, loc="upper left", **look)
     return fig
 
 
 def _panels(
-    count: int, height: float, title: str, note: str, handles: list[Any]
-) -> tuple[Figure, list[Axes]]:
-    """Small multiples, up to three in a line."""
-    wide = min(count, 3)
-    deep = math.ceil(count / wide)
+    styles: dict[str, dict[str, Any]], height: float, title: str, note: str, handles: list[Any]
+) -> tuple[Figure, dict[str, tuple[Axes, str]]]:
+    """Small multiples, up to three in a line: a panel and a colour for each strategy."""
+    wide = min(len(styles), 3)
+    deep = math.ceil(len(styles) / wide)
     fig = _figure(max(0.4 + 3.7 * wide, 7.5), 0.2 + height * deep, title, note, handles)
-    grid = fig.add_gridspec(deep, wide)
-    return fig, [fig.add_subplot(grid[divmod(k, wide)]) for k in range(count)]
+    panels = {}
+    for position, (name, style) in enumerate(styles.items(), 1):
+        panels[name] = (fig.add_subplot(deep, wide, position), style["color"])
+        _clean(panels[name][0], "both", name, style["color"])
+    return fig, panels
 
 
-def _title(ax: Axes, name: str, styles: dict[str, dict[str, Any]]) -> str:
-    """A panel named for its strategy, in the strategy's colour, which is returned."""
-    _clean(ax, "both")
-    colour: str = styles[name]["color"]
-    ax.set_title(_plain(name), loc="left", fontsize=10.5, fontweight="bold", color=colour)
-    return colour
-
-
-def _clean(ax: Axes, grid: str) -> None:
-    ax.set_facecolor("white")
-    ax.set_axisbelow(True)
-    ax.grid(True, axis=grid, color=_GRID, lw=0.7, ls="-")  # type: ignore[arg-type]
+def _clean(ax: Axes, grid: Any, title: str = "", colour: str = _INK) -> None:
+    title = _plain(textwrap.fill(title, 40))
+    ax.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=colour)
+    ax.set(facecolor="white", axisbelow=True)
+    ax.grid(True, axis=grid, color=_GRID, lw=0.7, ls="-")
     ax.spines[:].set_visible(False)
     ax.spines["bottom"].set(visible=True, color=_MUTED, lw=0.8)
-    ax.tick_params(length=0, labelsize=9, labelcolor=_INK, colors=_MUTED)
+    ax.tick_params(length=0, labelsize=9, labelcolor=_INK)
     for label in (ax.xaxis.label, ax.yaxis.label):
-        label.set(fontsize=10, color=_INK)
+        label.set(fontsize=9.5, color=_INK)
 
 
-def _columns(kind: str, order: np.ndarray, known: int, count: int) -> list[list[str | int]]:
-    """Tasks under headings, in `count` columns; a heading is repeated where a column goes on."""
+def _columns(kind: str, order: np.ndarray, known: int) -> list[list[str | int]]:
+    """Tasks under headings, in one or two columns; the heading is repeated in the second."""
     entries: list[str | int] = []
     for heading, part in ((kind, order[order < known]), (f"new {kind}", order[order >= known])):
         entries += [heading, *part.tolist()] if len(part) else []
-    size = math.ceil(len(entries) / count)
+    size = len(entries) if len(order) <= _ONE_COLUMN else math.ceil(len(entries) / 2)
     columns = [entries[start : start + size] for start in range(0, len(entries), size)]
     for left, right in pairwise(columns):
         if isinstance(left[-1], str):
@@ -472,23 +418,12 @@ def _columns(kind: str, order: np.ndarray, known: int, count: int) -> list[list[
 def _name_rows(ax: Axes, column: list[str | int], names: list[str], rows: np.ndarray) -> None:
     """Names as tick labels, with the number of seen rows in a column of its own beside them."""
     texts = [e if isinstance(e, str) else textwrap.shorten(names[e], 40) for e in column]
-    ax.set_yticks(range(len(column)), [_plain(t) for t in texts])
-    ax.tick_params(axis="y", pad=36)
-    if len(column) > 25:
-        ax.tick_params(axis="x", top=True, labeltop=True)
+    ax.set_yticks(range(len(column)), [_plain(text) for text in texts])
+    ax.tick_params(axis="y", pad=38)
+    ax.tick_params(axis="x", top=len(column) > 25, labeltop=len(column) > 25)
     for y, (entry, tick) in enumerate(zip(column, ax.get_yticklabels(), strict=True)):
-        heading = isinstance(entry, str)
-        tick.set_fontweight("bold" if heading else "normal")
-        ax.annotate(
-            "rows" if isinstance(entry, str) else str(rows[entry]),
-            (0, y),
-            xytext=(-6, 0),
-            xycoords=ax.get_yaxis_transform(),
-            textcoords="offset points",
-            ha="right",
-            va="center",
-            fontsize=8,
-            fontweight="bold" if heading else "normal",
-            color=_MUTED,
-            annotation_clip=False,
-        )
+        text, weight = ("rows", "bold") if isinstance(entry, str) else (str(rows[entry]), "normal")
+        tick.set_fontweight(weight)
+        look: dict[str, Any] = {"fontsize": 8, "fontweight": weight, "color": _MUTED}
+        at = ax.get_yaxis_transform()
+        ax.text(-0.012, y, text, ha="right", va="center", transform=at, **look)

@@ -107,6 +107,7 @@ class CompletePooling(Strategy):
         with torch.no_grad():
             meta.raw["loc"].copy_(minimum.theta[0, :dim])
             meta.raw["shared"].copy_(minimum.theta[0, dim:])
+            meta.raw["log_scale"].fill_(-torch.inf)  # tasks do not differ: Σ = 0
         loss = float(fit.sum() + rest) / len(batch.tasks)
         count = len(batch.tasks) * (minimum.gradients + 2 * len(origin))
         every = {"grad_norm": minimum.grad_norm, "converged": minimum.converged}

@@ -16,7 +16,6 @@ from torch import Tensor
 from varmeta.models.capture import Captured
 from varmeta.models.sites import (
     Model,
-    Site,
     pyro_untouched,
     read_sites,
     reason,
@@ -124,21 +123,7 @@ class Density:
 
         The prior's location and scale are those on the unconstrained scale, averaged over the site.
         """
-        return pd.DataFrame(
-            [
-                {
-                    "site": site.name,
-                    "role": site.role,
-                    "shape": tuple(site.shape),
-                    "size": site.size,
-                    "support": _support(site),
-                    "prior": "flat" if site.prior is None else _describe(site.prior),
-                    "loc": float(site.loc.mean()),
-                    "scale": float(site.scale.mean()),
-                }
-                for site in (*self.sites, *self.shared_sites)
-            ]
-        )
+        return pd.DataFrame([site.description() for site in (*self.sites, *self.shared_sites)])
 
     def __repr__(self) -> str:
         return (
@@ -380,22 +365,3 @@ def _nested_vmap(function: Any, draws: int, per_draw: bool, random: bool = False
         dims = (0, 0 if per_draw else None, *[over_data] * data)
         function = torch.vmap(function, in_dims=dims, randomness=randomness)
     return function
-
-
-def _support(site: Site) -> str:
-    constraint = site.support
-    while hasattr(constraint, "base_constraint"):
-        constraint = constraint.base_constraint
-    return str(constraint).removesuffix("()")
-
-
-def _describe(prior: Any) -> str:
-    base = prior
-    while hasattr(base, "base_dist") and type(base).__name__ in (
-        "Independent",
-        "ExpandedDistribution",
-    ):
-        base = base.base_dist
-    names = list(base.arg_constraints)
-    values = [torch.as_tensor(getattr(base, n)).float().mean().item() for n in names]
-    return f"{type(base).__name__}({', '.join(f'{v:g}' for v in values)})"

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import pyro
 import torch
 from pyro import poutine
+from pyro.params.param_store import ParamStoreDict
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to, constraints
@@ -64,12 +65,33 @@ class Site:
         batch = value.shape[: value.dim() - len(self.shape)]
         return self.transform.inv(value).reshape((*batch, self.size))
 
+    def description(self) -> dict[str, Any]:
+        """What there is to know about the site, its location and scale averaged."""
+        return {
+            "site": self.name,
+            "role": self.role,
+            "shape": tuple(self.shape),
+            "size": self.size,
+            "support": _support(self.support),
+            "prior": "flat" if self.prior is None else _describe(self.prior),
+            "loc": float(self.loc.mean()),
+            "scale": float(self.scale.mean()),
+        }
+
 
 @contextmanager
 def pyro_untouched() -> Iterator[None]:
-    """Run Pyro code with an empty parameter store, and leave the user's store as it was."""
-    with pyro.get_param_store().scope():
+    """Run Pyro code with an empty parameter store, and leave the user's store as it was.
+
+    (The store's own `scope` cuts the links that an SVI around it needs.)
+    """
+    store = vars(pyro.get_param_store())
+    kept = store.copy()
+    store.update(vars(ParamStoreDict()))
+    try:
         yield
+    finally:
+        store.update(kept)
 
 
 @contextmanager
@@ -126,7 +148,7 @@ class _DataType(Messenger):
     def _pyro_post_param(self, msg: Any) -> None:
         msg["value"] = msg["value"].to(self.dtype)
         # A PyroParam tells its constraint to Pyro's store alone.
-        stored = pyro.get_param_store().get_state()["constraints"]
+        stored = pyro.get_param_store()._constraints
         msg["kwargs"]["constraint"] = stored.get(msg["name"], msg["kwargs"]["constraint"])
 
 
@@ -275,3 +297,21 @@ def _location_and_scale(fn: Any, transform: Any, value: Tensor) -> tuple[Tensor,
 
 def _is_plate(node: Any) -> bool:
     return type(node["fn"]).__name__ == "_Subsample"
+
+
+def _support(constraint: Any) -> str:
+    while hasattr(constraint, "base_constraint"):
+        constraint = constraint.base_constraint
+    return str(constraint).removesuffix("()")
+
+
+def _describe(prior: Any) -> str:
+    base = prior
+    while hasattr(base, "base_dist") and type(base).__name__ in (
+        "Independent",
+        "ExpandedDistribution",
+    ):
+        base = base.base_dist
+    names = list(base.arg_constraints)
+    values = [torch.as_tensor(getattr(base, n)).float().mean().item() for n in names]
+    return f"{type(base).__name__}({', '.join(f'{v:g}' for v in values)})"
