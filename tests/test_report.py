@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -294,15 +293,14 @@ def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert list(tmp_path.iterdir()) == []
 
 
-def test_awkward_names(tmp_path: Path) -> None:
-    """Dollar signs are no formulas, and long names neither overlap nor break the layout."""
+def test_awkward_names() -> None:
+    """Dollar signs are no formulas, and names of any length can be laid out."""
     result = make(count=3, new=0, strategies=[IMAML(), NoPooling()])
     result.outcomes = {f"a $x$ strategy called {n} " * 3: o for n, o in result.outcomes.items()}
     result.table["strategy"] = list(result.outcomes)
-    draw: list[Callable[[Comparison], Figure | None]] = [training_curves, scores]
-    for fig in [forest(result, "level"), shrinkage(result, "level"), *(d(result) for d in draw)]:
+    for fig in (forest(result, "level"), training_curves(result), scores(result)):
         assert fig is not None
-        fig.savefig(tmp_path / "figure.png", dpi=50)
+        fig.draw_without_rendering()
 
 
 def test_refusals(comparison: Comparison) -> None:

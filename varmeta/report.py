@@ -200,7 +200,7 @@ def scores(comparison: Comparison) -> Figure | None:
         sum(heights),
         "How well each strategy predicts rows that it has not seen",
         "Log predictive density: more is better. Bars: ± 1 standard error across tasks; on the "
-        "right that of the difference on the same rows, which is what tells strategies apart.",
+        "right, of the difference on the same rows, which decides.",
         [],
     )
     axes = fig.subplots(len(sets), 2, squeeze=False, gridspec_kw={"height_ratios": heights})

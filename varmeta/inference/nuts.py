@@ -96,14 +96,18 @@ class PyroNUTS(Strategy):
         """One transition of the current chain."""
         batch.require_all("PyroNUTS")
         chain, position = divmod(state.step, self.warmup + self.draws)
+        counter = state.cache.setdefault("counter", [0])  # batched gradients
+        before = counter[0]
         with pyro_untouched(), validation_off(), global_rng(generator):
             if position == 0 or "kernel" not in state.cache:
                 self._start(density, state, batch.tasks, position)
-            kernel, counter = state.cache["kernel"], state.cache["counter"]
-            before, divergences = counter[0], len(kernel._divergences)
+            kernel = state.cache["kernel"]
+            divergences = len(kernel._divergences)
             z = kernel.sample(state.cache["z"])
-            state.cache["z"] = z
             check_finite(kernel._potential_energy_last.reshape(1), batch.tasks, state.step)
+            state.cache["z"] = z
+            state.tensors["position"] = torch.cat([v.detach().reshape(-1) for v in z.values()])
+            state.tensors["step_size"] = torch.tensor(float(kernel.step_size), dtype=torch.float64)
             if position >= self.warmup:
                 row = chain * self.draws + position - self.warmup
                 diverged = len(kernel._divergences) > divergences
@@ -181,7 +185,7 @@ class PyroNUTS(Strategy):
         """A kernel at the start of a chain, or where a saved chain left off."""
         model = hierarchy(density, state.meta.origin, tasks)
         kept = state.tensors
-        resumed = position > self.warmup
+        resumed = position >= max(self.warmup, 1)
         kernel = NUTS(
             model,
             step_size=float(kept["step_size"]) if resumed else 0.1,
@@ -191,10 +195,8 @@ class PyroNUTS(Strategy):
             target_accept_prob=self.target_accept,
         )
         kernel.setup(0 if resumed else self.warmup - position)
-        potential, shapes = (
-            kernel.potential_fn,
-            {n: v.shape for n, v in kernel.initial_params.items()},
-        )
+        potential = kernel.potential_fn
+        shapes = {n: v.shape for n, v in kernel.initial_params.items()}
         flat = torch.cat([v.reshape(-1) for v in kernel.initial_params.values()])
         flat = flat.to(state.meta.origin.loc)
         if len(flat) > _MAX_DIM:
@@ -203,8 +205,8 @@ class PyroNUTS(Strategy):
                 f"of up to {_MAX_DIM} (it keeps a dense mass matrix). Leave tasks out, or leave "
                 "PyroNUTS out"
             )
-        counter = [0]
-        program = CapturedGradient(
+        counter = state.cache["counter"]
+        program = state.cache.get("program") or CapturedGradient(
             lambda *v: potential(dict(zip(shapes, v, strict=True))),
             [*_split(flat, shapes).values()],
         )
@@ -220,6 +222,7 @@ class PyroNUTS(Strategy):
             units = self._units(density, state, shapes)
             inverse_mass = _inverse_curvature(lambda v: counted(_split(v, shapes)), flat, units)
             flat = flat + torch.linalg.cholesky(inverse_mass) @ torch.randn_like(flat)
+            kept["inverse_mass"] = inverse_mass
         kernel.mass_matrix_adapter.inverse_mass_matrix = {
             key: inverse_mass for key in kernel.inverse_mass_matrix
         }
@@ -227,7 +230,7 @@ class PyroNUTS(Strategy):
         z = _split(flat, shapes)
         if not resumed:  # Pyro chose its first step size before it was given the mass matrix
             kernel._adapter.reset_step_size_adaptation(z)
-        state.cache = {"kernel": kernel, "counter": counter, "z": z, "model": model}
+        state.cache |= {"kernel": kernel, "z": z, "model": model, "program": program}
 
     def _approximate(self, density: Density, state: State, tasks: Tasks, kernel: NUTS) -> Tensor:
         """Where a chain starts: the middle of a quick Gaussian fit of the same hierarchy.
@@ -242,6 +245,7 @@ class PyroNUTS(Strategy):
                 prior=state.meta.origin,
                 progress=False,
             )
+            state.cache["counter"][0] += quick.gradients // len(tasks)
             prior, shared = quick.state.meta.fixed()
             z = (quick.posterior().mean - prior.loc) / prior.scale
             values = {"loc": prior.loc, "scale": prior.log_scale.exp(), "z": z}
@@ -272,7 +276,7 @@ class PyroNUTS(Strategy):
         }
         conditioned = poutine.condition(state.cache["model"], data=values)
         with torch.no_grad():
-            theta = poutine.trace(conditioned).get_trace().nodes["theta"]["value"]
+            theta: Any = poutine.trace(conditioned).get_trace().nodes["theta"]["value"]
         shared = [s.unconstrain(values[f"shared_{s.name}"]) for s in density.shared_sites]
         kept = state.tensors
         kept["theta"][row] = theta
@@ -281,9 +285,6 @@ class PyroNUTS(Strategy):
         if shared:
             kept["shared"][row] = torch.cat([s.reshape(-1) for s in shared])
         kept["diverging"][row] = diverged
-        kept["position"] = torch.cat([v.detach().reshape(-1) for v in z.values()])
-        kept["step_size"] = torch.as_tensor(kernel.step_size)
-        kept["inverse_mass"] = next(iter(kernel.inverse_mass_matrix.values())).clone()
 
     def _finish(self, state: State) -> None:
         """θ0, scales and φ of the state: their posterior means."""
