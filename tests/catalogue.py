@@ -34,7 +34,7 @@ CATALOGUE = {
     "imaml": Entry(IMAML(steps=6), separate=True),
     "imaml delta": Entry(IMAML(steps=6, posterior_kind="delta"), separate=True),
     "imaml, gradient descent": Entry(
-        IMAML(steps=6, minimiser=GradientDescent(0.01, 2000)), separate=True
+        IMAML(steps=6, minimiser=GradientDescent(0.01, 100)), separate=True
     ),
     "joint": Entry(JointVariational(steps=8, adapt_steps=8)),
     "joint reset": Entry(JointVariational(steps=9, reset_every=3, adapt_steps=8)),

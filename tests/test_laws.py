@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
 from pathlib import Path
 
 import pyro
@@ -12,7 +13,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from catalogue import CATALOGUE, Entry
-from helpers import assert_close, assert_same, case_of, widened
+from helpers import assert_same, case_of, widened
 from linear_gaussian import LinearGaussian
 from torch import Tensor
 
@@ -32,6 +33,12 @@ def run(entry: Entry, tasks: Tasks = TRAIN, **options: object) -> Fit:
     with warnings.catch_warnings():  # few steps and draws are reported, as they should be
         warnings.simplefilter("ignore", RuntimeWarning)
         return fit(entry.strategy, CASE.density, tasks, prior=prior, **options)  # type: ignore[arg-type]
+
+
+@cache
+def done(entry: Entry) -> Fit:
+    """A run that tests may read but not change."""
+    return run(entry)
 
 
 def adapted(result: Fit, tasks: Tasks) -> tuple[Tensor, Tensor]:
@@ -54,15 +61,12 @@ def test_same_seed_same_result(entry: Entry) -> None:
 
 @every_strategy
 def test_padding_changes_nothing(entry: Entry) -> None:
-    plain = run(entry)
+    plain = done(entry)
     result = run(entry, widened(TRAIN, 3))
-    if entry.strategy.name == "PyroNUTS" or "batch_rows=2" in repr(entry.strategy):
-        # their random numbers depend on rounding, or on the width: hold the training fixed
+    if entry.strategy.name == "PyroNUTS":  # chaotic in the rounding: hold the training fixed
         result.state.load_state_dict(plain.state.state_dict())
-    assert_close(result.prior.loc, plain.prior.loc, 1e-9)
-    assert_close(result.shared, plain.shared, 1e-9)
-    if "batch_rows=2" in repr(entry.strategy):
-        return
+    torch.testing.assert_close(result.prior.loc, plain.prior.loc, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(result.shared, plain.shared, rtol=1e-9, atol=1e-9)
     for wide, narrow in zip(adapted(result, widened(NEW, 4)), adapted(plain, NEW), strict=True):
         torch.testing.assert_close(wide, narrow, rtol=1e-7, atol=1e-9)
 
@@ -73,7 +77,7 @@ def test_padding_changes_nothing(entry: Entry) -> None:
     ids=[n for n, e in CATALOGUE.items() if e.separate],
 )
 def test_batched_is_one_by_one(entry: Entry) -> None:
-    result = run(entry)
+    result = done(entry)
     together = adapted(result, NEW)
     for i in range(len(NEW)):
         alone = adapted(result, NEW.select([i]))
@@ -83,7 +87,7 @@ def test_batched_is_one_by_one(entry: Entry) -> None:
 
 @every_strategy
 def test_interrupted_and_resumed(entry: Entry, tmp_path: Path) -> None:
-    whole, half = run(entry), entry.strategy.num_steps // 2
+    whole, half = done(entry), entry.strategy.num_steps // 2
 
     def stop(step: int, info: StepInfo) -> None:
         if step == max(half, 1):
@@ -99,8 +103,9 @@ def test_interrupted_and_resumed(entry: Entry, tmp_path: Path) -> None:
     if entry.exact_resume:
         assert_same(resumed.state.state_dict(), whole.state.state_dict())
     else:
-        done = max(half - entry.strategy.warmup, 0)  # type: ignore[attr-defined]
-        assert_same(resumed.state.tensors["theta"][:done], kept["state"]["tensors"]["theta"][:done])
+        drawn = max(half - entry.strategy.warmup, 0)  # type: ignore[attr-defined]
+        before = kept["state"]["tensors"]["theta"]
+        assert_same(resumed.state.tensors["theta"][:drawn], before[:drawn])
     again = run(entry, checkpoint=path)  # a finished run is not run again
     assert_same(again.state.state_dict()["raw"], resumed.state.state_dict()["raw"])
 
@@ -126,7 +131,7 @@ def test_global_state_is_left_alone(entry: Entry) -> None:
 
 @every_strategy
 def test_posterior_protocol(entry: Entry) -> None:
-    result = run(entry)
+    result = done(entry)
     for posterior, tasks in ((result.posterior(), TRAIN), (result.adapt(TRAIN), TRAIN)):
         assert posterior.names == tasks.names
         assert posterior.mean.shape == posterior.sd.shape == (len(tasks), 2)
@@ -142,7 +147,7 @@ def test_posterior_protocol(entry: Entry) -> None:
 
 @every_strategy
 def test_history_counts_up(entry: Entry) -> None:
-    history = run(entry).history
+    history = done(entry).history
     assert history["step"].tolist() == list(range(1, entry.strategy.num_steps + 1))
     assert history["gradients"].is_monotonic_increasing and history["gradients"].iloc[-1] > 0
     assert history["seconds"].is_monotonic_increasing

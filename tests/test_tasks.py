@@ -293,11 +293,13 @@ def test_rows_outside_the_front_are_masked_too():
     """The constructor takes any mask; the views bring the rows to the front."""
     tasks = make((4, 4))
     mask = torch.tensor([[True, False, True, False], [False, False, False, True]])
-    holes = Tasks(tasks.inputs, tasks.targets, mask, torch.zeros_like(mask), ("a", "b"))
+    targets = torch.where(mask, tasks.targets, torch.nan)
+    holes = Tasks(tasks.inputs, targets, mask, torch.zeros_like(mask), ("a", "b"))
     front = holes.select([0, 1])
     assert front.mask.tolist() == [[True, True], [True, False]]
     assert torch.equal(front.targets[0], tasks.targets[0, [0, 2]])
     assert front.targets[1, 0] == tasks.targets[1, 3]
+    assert front.targets.isfinite().all(), "padding is made of rows that exist"
 
 
 def test_to_changes_floating_tensors_alone():

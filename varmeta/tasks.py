@@ -326,8 +326,10 @@ class Tasks:
 
     def _shuffled_rank(self, seed: int) -> Tensor:
         """`[T, N]` int: a random order of each task's existing rows, padding last."""
-        noise = torch.rand(self.mask.shape, generator=generator(seed)).to(self.mask.device)
-        return torch.where(self.mask, noise, 2.0).argsort(-1).argsort(-1)
+        noise = torch.full(self.mask.shape, 2.0)
+        existing = self.mask.cpu()  # so that neither padding nor the device changes the order
+        noise[existing] = torch.rand(int(existing.sum()), generator=generator(seed))
+        return noise.argsort(-1).argsort(-1).to(self.mask.device)
 
 
 class TaskSource:

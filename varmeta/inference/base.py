@@ -265,6 +265,7 @@ def check_finite(losses: Tensor, tasks: Tasks, step: int) -> None:
     Raises:
         NonFiniteLoss: with the name of the first task whose loss is not finite.
     """
+    losses = losses.detach()
     bad = (~losses.isfinite()).nonzero()
     if len(bad):
         where = int(bad[0, 0])

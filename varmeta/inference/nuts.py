@@ -183,6 +183,10 @@ class PyroNUTS(Strategy):
 
     def _start(self, density: Density, state: State, tasks: Tasks, position: int) -> None:
         """A kernel at the start of a chain, or where a saved chain left off."""
+        centre = state.meta.origin.loc.expand(len(tasks), -1)
+        with torch.no_grad():  # Pyro would only say that it found no place to start
+            losses = density.negative_log_likelihood(centre, tasks)
+        check_finite(losses, tasks, state.step)
         model = hierarchy(density, state.meta.origin, tasks)
         kept = state.tensors
         resumed = position >= max(self.warmup, 1)

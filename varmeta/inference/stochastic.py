@@ -156,10 +156,12 @@ class Langevin:
     def _row_weights(self, tasks: Tasks, particles: int, generator: torch.Generator) -> Tensor:
         """`[S, T, N]`: n_i/b on b rows drawn without replacement, 0 on the others."""
         assert self.batch_rows is not None
-        noise = torch.rand(
-            particles, *tasks.mask.shape, generator=generator, device=tasks.mask.device
+        mask = tasks.mask
+        noise = torch.full((particles, *mask.shape), 2.0, device=mask.device)
+        noise[:, mask] = torch.rand(
+            particles, int(mask.sum()), generator=generator, device=mask.device
         )
-        rank = torch.where(tasks.mask, noise, 2.0).argsort(-1).argsort(-1)
+        rank = noise.argsort(-1).argsort(-1)
         size = tasks.num_rows.clamp(max=self.batch_rows)[:, None]
         return (rank < size) * (tasks.num_rows[:, None] / size)
 
