@@ -27,7 +27,9 @@ def main(
     """Train, then print the mean squared error on new tasks without and with adaptation."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        mlp = nn.Sequential(nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1))
+        mlp = nn.Sequential(
+            nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1)
+        )
     model = network(mlp, lambda out: dist.Normal(out[:, 0], 0.3))
     source = vm.TaskSource(sinusoids(tasks, support=10, query=10), seed=0)
     density = vm.Density(model, source)

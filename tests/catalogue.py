@@ -1,4 +1,4 @@
-"""Every strategy, small: what the laws in `test_laws.py` are checked on. A new one is a new line."""
+"""Every strategy, small: the laws in `test_laws.py` hold for each. A new one is a new line."""
 
 from __future__ import annotations
 

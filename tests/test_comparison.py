@@ -162,7 +162,9 @@ def test_folder_finish_overwrite_resume(tmp_path: Path, monkeypatch: pytest.Monk
     assert (folder / "states" / "IMAML.pt").exists() and not (folder / "table.csv").exists()
     result = compare(strategies, density, train, new, draws=50, folder=folder)
     plain = compare(strategies, density, train, new, draws=50)
-    assert torch.equal(result.outcomes["IMAML"].fit.prior.loc, plain.outcomes["IMAML"].fit.prior.loc)
+    assert torch.equal(
+        result.outcomes["IMAML"].fit.prior.loc, plain.outcomes["IMAML"].fit.prior.loc
+    )
     files = {path.name for path in folder.iterdir()}
     assert {"run.json", "states", "table.csv", "IMAML.nc", "CompletePooling.nc"} <= files
     assert any(name.startswith("forest") and name.endswith(".png") for name in files)
@@ -170,7 +172,7 @@ def test_folder_finish_overwrite_resume(tmp_path: Path, monkeypatch: pytest.Monk
     written = pd.read_csv(folder / "table.csv")
     assert np.allclose(written["elpd"], result.table["elpd"])
 
-    with pytest.raises(FileExistsError, match="finished run.*--overwrite"):
+    with pytest.raises(FileExistsError, match=r"finished run.*--overwrite"):
         compare(strategies, density, train, new, draws=50, folder=folder)
     (folder / "mine.txt").write_text("keep")
     compare([QUICK[3]], density, train, new, draws=50, folder=folder, overwrite=True)

@@ -32,9 +32,7 @@ def test_make_targets_exist() -> None:
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "my_model.py" in c])
-def test_own_model_command(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_own_model_command(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model = re.search(r"```python\n(import pyro.*?)```", README, re.S)
     assert model is not None

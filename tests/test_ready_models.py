@@ -48,7 +48,9 @@ def test_imaml_learns_on_a_stream() -> None:
     source = TaskSource(sinusoids(8, support=5, query=5, dtype=torch.float64))
     density = Density(model, source)
     strategy = IMAML(steps=15, minimiser=NewtonCG(max_iterations=15), posterior_kind="delta")
-    with warnings.catch_warnings():  # a network's inner problem is not always solved; tested elsewhere
+    with (
+        warnings.catch_warnings()
+    ):  # a network's inner problem is not always solved; tested elsewhere
         warnings.simplefilter("ignore", RuntimeWarning)
         result = fit(strategy, density, source)
     test = source.batch(1000)

@@ -88,12 +88,17 @@ def test_unbiased_in_a_double_well(estimator: str, loc: float) -> None:
     def draw(k: int) -> Tensor:
         prior, *leaves = prior_at(loc)
         loss, _ = strategy.losses(density, prior, density.shared_init, tasks, generator(0, k))
-        return torch.stack([loss.sum().detach(), *torch.cat(torch.autograd.grad(loss.sum(), leaves))])
+        return torch.stack(
+            [loss.sum().detach(), *torch.cat(torch.autograd.grad(loss.sum(), leaves))]
+        )
 
     step = 1e-4
     exact = [
         grid_expectation(loc, 0.0, algorithm),
-        (grid_expectation(loc + step, 0.0, algorithm) - grid_expectation(loc - step, 0.0, algorithm))
+        (
+            grid_expectation(loc + step, 0.0, algorithm)
+            - grid_expectation(loc - step, 0.0, algorithm)
+        )
         / (2 * step),
         (grid_expectation(loc, step, algorithm) - grid_expectation(loc, -step, algorithm))
         / (2 * step),

@@ -101,7 +101,13 @@ def compare(
         folder = out or Path("runs") / label
         console.print(f"{case.train}" + (f" and {case.new} never seen" if case.new else ""))
         result = run_comparison(
-            chosen, case.density, case.train, case.new, seed=seed, folder=folder, overwrite=overwrite
+            chosen,
+            case.density,
+            case.train,
+            case.new,
+            seed=seed,
+            folder=folder,
+            overwrite=overwrite,
         )
     except (ValueError, OSError, FloatingPointError) as error:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {_plain(error)}")
@@ -142,7 +148,9 @@ def _own_problem(
         )
     for option, value in (("--data", data), ("--task", task), ("--target", target)):
         if value is None:
-            raise ValueError(f"{option} is missing; a model of your own needs --data, --task, --target")
+            raise ValueError(
+                f"{option} is missing; a model of your own needs --data, --task, --target"
+            )
     assert data is not None and task is not None and target is not None
     if not data.is_file():
         raise ValueError(f"--data: no file {str(data)!r}")

@@ -61,8 +61,8 @@ class Comparison:
         reference: name of the NUTS outcome, if there is one.
         table: one row per strategy and set of tasks, with columns `strategy`, `posterior` (what was
             scored: draws, gaussian, laplace, delta), `set`, `rows` held out, `elpd` (log predictive
-            density per held-out row, nats) and its standard error across tasks `elpd_se`, `elpd_diff`
-            to the best strategy with the standard error of the paired difference `elpd_diff_se`,
+            density per held-out row, nats) with its standard error across tasks `elpd_se`,
+            `elpd_diff` to the best strategy with that of the paired difference `elpd_diff_se`,
             `rmse` of the predictive mean, `coverage` of the central 90% predictive interval,
             `seconds` of learning, `adapt_seconds`, `gradients` (evaluations of one task's loss),
             and the distance of the task posteriors to NUTS: `mean_shift`, the median over tasks and
@@ -201,7 +201,7 @@ def _write(comparison: Comparison, run: RunFolder) -> None:
     run.finish()
 
 
-# -- scores -----------------------------------------------------------------------------------------
+# -- scores ----------------------------------------------------------------------------------------
 
 
 def _score(
@@ -269,9 +269,7 @@ def _per_row(values: Tensor, tasks: Tasks) -> tuple[float, float]:
     return float(mean), float((residual.square().sum() * used / (used - 1)).sqrt() / count.sum())
 
 
-def _accuracy(
-    posterior: TaskPosterior, tasks: Tasks, draws: int, seed: int
-) -> tuple[float, float]:
+def _accuracy(posterior: TaskPosterior, tasks: Tasks, draws: int, seed: int) -> tuple[float, float]:
     """RMSE of the predictive mean and coverage of the central 90% interval; NaN for categories."""
     if not tasks.targets.is_floating_point():
         return float("nan"), float("nan")
@@ -286,7 +284,7 @@ def _accuracy(
     return float((values.mean(0) - truth).square().mean().sqrt()), float(inside)
 
 
-# -- reading ----------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 def _rich(table: pd.DataFrame, which: str) -> Table:

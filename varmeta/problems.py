@@ -95,17 +95,13 @@ def radon(seed: int = 0) -> Problem:
 
 def sleepstudy(seed: int = 0) -> Problem:
     """180 reaction times of 18 subjects; 30% of each subject's days and 4 subjects held out."""
-    tasks = Tasks.from_frame(
-        load("sleepstudy"), task="subject", inputs=["days"], target="reaction"
-    )
+    tasks = Tasks.from_frame(load("sleepstudy"), task="subject", inputs=["days"], target="reaction")
     return Problem.make(subject, tasks, shared=["noise"], hold_out=4, seed=seed)
 
 
 def eight_schools(seed: int = 0) -> Problem:
     """Eight schools with one estimate each, so that nothing can be held out."""
-    tasks = Tasks.from_frame(
-        load("eight_schools"), task="school", inputs=["se"], target="effect"
-    )
+    tasks = Tasks.from_frame(load("eight_schools"), task="school", inputs=["se"], target="effect")
     return Problem.make(school, tasks, query=0.0, seed=seed)
 
 

@@ -1,7 +1,6 @@
 """The pictures of a comparison, each a `matplotlib.figure.Figure` of its own.
 
-pyplot and its global state are never touched. The colours are Okabe and Ito's, which colour-blind
-readers can tell apart; markers differ too.
+pyplot and its global state are never touched.
 """
 
 from __future__ import annotations
@@ -9,17 +8,13 @@ from __future__ import annotations
 import math
 import re
 import textwrap
-from itertools import pairwise
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
@@ -27,14 +22,26 @@ from varmeta.comparison import Comparison
 from varmeta.inference.nuts import PyroNUTS
 from varmeta.inference.pooling import NoPooling
 from varmeta.posterior import TaskPosterior
+from varmeta.report_style import (
+    BAND,
+    DASHES,
+    GRID,
+    INK,
+    MUTED,
+    TINT,
+    clean_axes,
+    legend_line,
+    name_rows,
+    page_columns,
+    panel_grid,
+    plain,
+    strategy_styles,
+    titled_figure,
+)
 from varmeta.seeds import generator
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999", "#F0E442")
-_MARKERS = ("o", "s", "^", "v", "P", "X", "h", "p", "d")
-_INK, _MUTED, _GRID, _BAND, _TINT = "#222222", "#6b6b6b", "#e4e4e4", "#f6f6f6", "#e6f0f9"
 _DRAWS, _NUMBERS = 1000, 40_000_000  # draws of a posterior, and how many numbers they may be
-_ONE_COLUMN, _MOST_TASKS, _MOST_COMPONENTS = 45, 160, 4
-_DASHES = (0, (5, 3))
+_MOST_TASKS, _MOST_COMPONENTS = 160, 4
 _SMALL_CHANGE = 0.2  # nats per task that a loss panel shows at least
 
 
@@ -53,31 +60,31 @@ def forest(comparison: Comparison, site: str, component: int | None = None) -> F
         ValueError: no such site or component.
     """
     k, label = _component(comparison, site, component)
-    estimates, styles = _estimates(comparison, site, k), _styles(comparison)
+    estimates, styles = _estimates(comparison, site, k), strategy_styles(comparison)
     names, rows, known = _tasks(comparison)
     order = np.lexsort((-estimates[comparison.reference or next(iter(estimates))][0], -rows))
     if len(order) > _MOST_TASKS:
         order = order[np.linspace(0, len(order) - 1, _MOST_TASKS).round().astype(int)]
     kind, some = comparison.train.task_name, f" ({len(order)} of {len(names)} shown)"
-    columns = _columns(kind, order, known)
+    columns = page_columns(kind, order, known)
     deep = max(map(len, columns))
     everything = np.stack([*estimates.values()])
     low, high = _limits(everything)
     cut = bool((everything < low).any() or (everything > high).any())
-    fig = _figure(
+    fig = titled_figure(
         8.6 if len(columns) == 1 else 14.0,
         0.75 + deep * max(0.26, 0.062 * len(estimates) + 0.05),
         f"{label} of each {kind}, by strategy" + some * (len(order) < len(names)),
         "Point: posterior mean. Bar: 90% interval. Dashed line: the population mean that the "
         "strategy learned." + " Bars and hollow triangles at the edge go on beyond it." * cut,
-        [_line(name, **style | {"ls": "-", "lw": 1.4}) for name, style in styles.items()],
+        [legend_line(name, **style | {"ls": "-", "lw": 1.4}) for name, style in styles.items()],
     )
     for ax, column in zip(fig.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
-        _clean(ax, "x")
+        clean_axes(ax, "x")
         ax.set(xlim=(low, high), ylim=(deep - 0.4, -0.6), xlabel=label)
         shown = [(y, entry) for y, entry in enumerate(column) if isinstance(entry, int)]
         for y, i in shown:
-            tint, shade = _TINT if i >= known else _BAND, 1 if y % 2 else 0.5 * (i >= known)
+            tint, shade = TINT if i >= known else BAND, 1 if y % 2 else 0.5 * (i >= known)
             ax.axhspan(y - 0.5, y + 0.5, color=tint, alpha=shade, lw=0, zorder=0)
         slots, index = np.array(shown).T
         dodge = np.linspace(-0.38, 0.38, len(estimates)) if len(estimates) > 1 else np.zeros(1)
@@ -85,14 +92,14 @@ def forest(comparison: Comparison, site: str, component: int | None = None) -> F
             style, y, (mean, left, right) = styles[name], slots + offset, estimate[:, index]
             colour, centre = style["color"], _centre(comparison, name, site, k)
             if centre is not None:
-                ax.axvline(centre, color=colour, lw=0.9, ls=_DASHES, alpha=0.6, zorder=1)
+                ax.axvline(centre, color=colour, lw=0.9, ls=DASHES, alpha=0.6, zorder=1)
             ax.hlines(y, left, right, color=colour, lw=1.3, gid=f"interval:{name}")
             ax.plot(mean, y, ms=4.4, mew=0, gid=f"mean:{name}", **style)
             for out, edge, marker in ((mean < low, low, "<"), (mean > high, high, ">")):
                 if out.any():
                     look = style | {"marker": marker, "ms": 5, "mfc": "white", "clip_on": False}
                     ax.plot(np.full(out.sum(), edge), y[out], gid=f"beyond:{name}", **look)
-        _name_rows(ax, column, names, rows)
+        name_rows(ax, column, names, rows)
     return fig
 
 
@@ -112,17 +119,17 @@ def shrinkage(comparison: Comparison, site: str, component: int | None = None) -
     kind, dot = comparison.train.task_name, {"marker": "o", "ls": "none"}
     unit = min(50.0, 170 / math.sqrt(rows.max()))  # a dot's area is this × √rows, in points²
     handles = [
-        _line(f"no pooling, each {kind} by itself", lw=1),
-        _line("learned population mean", lw=1.1, ls=_DASHES, color=_INK),
+        legend_line(f"no pooling, each {kind} by itself", lw=1),
+        legend_line("learned population mean", lw=1.1, ls=DASHES, color=INK),
     ]
     sizes = sorted({rows.min(), round(math.sqrt(rows.min() * rows.max())), rows.max()})
     for n in sizes if len(sizes) > 1 else ():
         size = math.sqrt(unit * math.sqrt(n))
-        handles.append(_line(f"{n} row{'s' if n > 1 else ''} seen", ms=size, **dot))
+        handles.append(legend_line(f"{n} row{'s' if n > 1 else ''} seen", ms=size, **dot))
     if comparison.new is not None:
-        handles.append(_line(f"new {kind}", ms=6, mfc="none", **dot))
-    fig, panels = _panels(
-        {name: style for name, style in _styles(comparison).items() if name != alone},
+        handles.append(legend_line(f"new {kind}", ms=6, mfc="none", **dot))
+    fig, panels = panel_grid(
+        {name: style for name, style in strategy_styles(comparison).items() if name != alone},
         3.1,
         f"How far each strategy pulls “{label}” towards the population",
         f"Each dot is a {kind}. Solid line: not pulled at all. Dashed line: pulled all the way.",
@@ -131,10 +138,10 @@ def shrinkage(comparison: Comparison, site: str, component: int | None = None) -
     limits = _padded(np.stack([x, *means.values()]))
     for name, (ax, colour) in panels.items():
         ax.set(xlim=limits, ylim=limits)
-        ax.axline((0, 0), slope=1, color=_MUTED, lw=1)
+        ax.axline((0, 0), slope=1, color=MUTED, lw=1)
         centre = _centre(comparison, name, site, k)
         if centre is not None:
-            ax.axhline(centre, color=_INK, lw=1.1, ls=_DASHES)
+            ax.axhline(centre, color=INK, lw=1.1, ls=DASHES)
         solid: dict[str, Any] = {"color": colour, "alpha": 0.7, "ec": "white", "lw": 0.5}
         hollow: dict[str, Any] = {"fc": "none", "ec": colour, "lw": 1.2}
         points = (x, means[name], unit * np.sqrt(rows))
@@ -153,11 +160,11 @@ def training_curves(comparison: Comparison) -> Figure | None:
     fits = {n: o.fit for n, o in comparison.outcomes.items() if len(o.fit.history) > 1}
     if not fits:
         return None
-    handles = [_line("each step", lw=0.8, alpha=0.5), _line("running median", lw=1.8)]
+    handles = [legend_line("each step", lw=0.8, alpha=0.5), legend_line("running median", lw=1.8)]
     if any(isinstance(fit.strategy, PyroNUTS) for fit in fits.values()):
-        handles.append(Patch(color=_GRID, label="warm-up, chain after chain"))
-    fig, panels = _panels(
-        {name: style for name, style in _styles(comparison).items() if name in fits},
+        handles.append(Patch(color=GRID, label="warm-up, chain after chain"))
+    fig, panels = panel_grid(
+        {name: style for name, style in strategy_styles(comparison).items() if name in fits},
         2.7,
         "Training, step by step",
         "Each strategy minimises an objective of its own: compare shapes, not heights. "
@@ -173,7 +180,7 @@ def training_curves(comparison: Comparison) -> Figure | None:
             settled = (step - 1) % period >= strategy.warmup
             for start in range(0, int(step[-1]), period) if strategy.warmup else ():
                 end = start + strategy.warmup + 0.5
-                ax.axvspan(start + 0.5, end, color=_GRID, lw=0, zorder=0, gid="warm-up")
+                ax.axvspan(start + 0.5, end, color=GRID, lw=0, zorder=0, gid="warm-up")
         smooth = history["loss"].rolling(len(loss) // 50 * 2 + 1, center=True, min_periods=1)
         ax.plot(step, loss, color=colour, lw=0.8, alpha=0.5, gid=f"loss:{name}")
         ax.plot(step, smooth.median(), color=colour, lw=1.8)
@@ -190,12 +197,12 @@ def scores(comparison: Comparison) -> Figure | None:
 
     A pair of panels per set of tasks, the best strategy on top; None if nothing was held out.
     """
-    table, styles = comparison.table.dropna(subset=["elpd"]), _styles(comparison)
+    table, styles = comparison.table.dropna(subset=["elpd"]), strategy_styles(comparison)
     sets = {which: table[table["set"] == which] for which in table["set"].unique()}
     if not sets:
         return None
     heights = [0.9 + 0.33 * len(part) for part in sets.values()]
-    fig = _figure(
+    fig = titled_figure(
         12.0,
         sum(heights),
         "How well each strategy predicts rows that it has not seen",
@@ -208,7 +215,7 @@ def scores(comparison: Comparison) -> Figure | None:
         part = part.sort_values("elpd", ascending=False, kind="stable")
         headings = (f"{which}: log density", "difference to the best")
         for ax, column, heading in zip(pair, ("elpd", "elpd_diff"), headings, strict=True):
-            _clean(ax, "x", f"{heading}, nats per row")
+            clean_axes(ax, "x", f"{heading}, nats per row")
             for y, row in enumerate(part.to_dict("records")):
                 style, x, error = styles[row["strategy"]], row[column], row[f"{column}_se"]
                 reach = np.nan_to_num(error)
@@ -218,13 +225,11 @@ def scores(comparison: Comparison) -> Figure | None:
                 text = f"{x:.3f} ± {error:.3f}".replace("-", "−").removesuffix(" ± nan")
                 text = "best" if column == "elpd_diff" and x == 0 else text
                 at = ax.get_yaxis_transform()
-                ax.text(1.015, y, text, transform=at, va="center", fontsize=8.5, color=_MUTED)
-            ax.set_yticks(
-                range(len(part)), [_plain(textwrap.fill(n, 40)) for n in part["strategy"]]
-            )
+                ax.text(1.015, y, text, transform=at, va="center", fontsize=8.5, color=MUTED)
+            ax.set_yticks(range(len(part)), [plain(textwrap.fill(n, 40)) for n in part["strategy"]])
             ax.set(ylim=(len(part) - 0.5, -0.5))
             ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-        pair[1].axvline(0, color=_MUTED, lw=0.8, zorder=1)
+        pair[1].axvline(0, color=MUTED, lw=0.8, zorder=1)
         pair[1].tick_params(labelleft=False)
     return fig
 
@@ -325,105 +330,3 @@ def _padded(values: np.ndarray, share: float = 0.06) -> tuple[float, float]:
     low, high = float(np.nanmin(values)), float(np.nanmax(values))
     pad = share * (high - low) or 0.5
     return low - pad, high + pad
-
-
-# -- looks -----------------------------------------------------------------------------------------
-
-
-def _styles(comparison: Comparison) -> dict[str, dict[str, Any]]:
-    """A colour and a marker for each strategy; black for the reference."""
-    styles, taken = {}, 0
-    for name in comparison.outcomes:
-        look = (_COLOURS[taken % len(_COLOURS)], _MARKERS[taken % len(_MARKERS)])
-        taken += name != comparison.reference
-        colour, marker = ("#000000", "D") if name == comparison.reference else look
-        styles[name] = {"color": colour, "marker": marker, "ls": "none"}
-    return styles
-
-
-def _plain(text: str) -> str:
-    """Text in which no dollar sign starts a formula."""
-    return text.replace("$", r"\$")
-
-
-def _line(label: str, **look: Any) -> Any:
-    return Line2D([], [], **{"color": _MUTED, "label": _plain(label), **look})
-
-
-def _figure(width: float, height: float, title: str, note: str, handles: list[Any]) -> Figure:
-    """A figure whose panels take `height` inches below a title, a note and a legend."""
-    title, note = (textwrap.fill(t, int(width / w)) for t, w in ((title, 0.125), (note, 0.079)))
-    widest = max((len(handle.get_label()) for handle in handles), default=0)
-    across = min(max(int(width / (0.085 * widest + 0.6)), 1), len(handles)) or 1
-    below_title = 0.42 + 0.25 * title.count("\n")
-    below_note = below_title + 0.24 + 0.19 * note.count("\n")
-    total = height + below_note + 0.22 * math.ceil(len(handles) / across) + 0.1
-    panels = (0.0, 0.0, 1.0, height / total)
-    layout = ConstrainedLayoutEngine(rect=panels, w_pad=0.12, h_pad=0.1, wspace=0.02)
-    fig = Figure(figsize=(width, total), facecolor="white", layout=layout)
-    x, top = 0.14 / width, {"va": "top", "linespacing": 1.25}
-    bold: dict[str, Any] = {"fontsize": 14, "fontweight": "bold", "color": _INK, **top}
-    thin: dict[str, Any] = {"fontsize": 9.5, "color": _MUTED, **top}
-    fig.text(x, 1 - 0.15 / total, _plain(title), **bold)
-    fig.text(x, 1 - below_title / total, _plain(note), **thin)
-    if handles:
-        look: dict[str, Any] = {"frameon": False, "fontsize": 9.5, "labelcolor": _INK}
-        look |= {"borderpad": 0, "borderaxespad": 0, "handletextpad": 0.6, "columnspacing": 1.6}
-        look |= {"bbox_to_anchor": (x, 1 - below_note / total), "ncols": across}
-        fig.legend(handles=handles, loc="upper left", **look)
-    return fig
-
-
-def _panels(
-    styles: dict[str, dict[str, Any]], height: float, title: str, note: str, handles: list[Any]
-) -> tuple[Figure, dict[str, tuple[Axes, str]]]:
-    """Small multiples, up to three in a line: a panel and a colour for each strategy."""
-    wide = min(len(styles), 3)
-    deep = math.ceil(len(styles) / wide)
-    fig = _figure(max(0.4 + 3.7 * wide, 7.5), 0.2 + height * deep, title, note, handles)
-    panels = {}
-    for position, (name, style) in enumerate(styles.items(), 1):
-        panels[name] = (fig.add_subplot(deep, wide, position), style["color"])
-        _clean(panels[name][0], "both", name, style["color"])
-    return fig, panels
-
-
-def _clean(ax: Axes, grid: Any, title: str = "", colour: str = _INK) -> None:
-    title = _plain(textwrap.fill(title, 40))
-    ax.set_title(title, loc="left", fontsize=10.5, fontweight="bold", color=colour)
-    ax.set(facecolor="white", axisbelow=True)
-    ax.grid(True, axis=grid, color=_GRID, lw=0.7, ls="-")
-    ax.spines[:].set_visible(False)
-    ax.spines["bottom"].set(visible=True, color=_MUTED, lw=0.8)
-    ax.tick_params(length=0, labelsize=9, labelcolor=_INK)
-    for label in (ax.xaxis.label, ax.yaxis.label):
-        label.set(fontsize=9.5, color=_INK)
-
-
-def _columns(kind: str, order: np.ndarray, known: int) -> list[list[str | int]]:
-    """Tasks under headings, in one or two columns; the heading is repeated in the second."""
-    entries: list[str | int] = []
-    for heading, part in ((kind, order[order < known]), (f"new {kind}", order[order >= known])):
-        entries += [heading, *part.tolist()] if len(part) else []
-    size = len(entries) if len(order) <= _ONE_COLUMN else math.ceil(len(entries) / 2)
-    columns = [entries[start : start + size] for start in range(0, len(entries), size)]
-    for left, right in pairwise(columns):
-        if isinstance(left[-1], str):
-            right.insert(0, left.pop())
-        if isinstance(right[0], int):
-            right.insert(0, next(e for e in reversed(left) if isinstance(e, str)))
-    return columns
-
-
-def _name_rows(ax: Axes, column: list[str | int], names: list[str], rows: np.ndarray) -> None:
-    """Names as tick labels, with the number of seen rows in a column of its own beside them."""
-    texts = [e if isinstance(e, str) else textwrap.shorten(names[e], 40) for e in column]
-    ax.set_yticks(range(len(column)), [_plain(text) for text in texts])
-    ax.tick_params(axis="y", pad=38)
-    ax.tick_params(axis="x", top=len(column) > 25, labeltop=len(column) > 25)
-    for y, (entry, tick) in enumerate(zip(column, ax.get_yticklabels(), strict=True)):
-        text, weight = ("rows", "bold") if isinstance(entry, str) else (str(rows[entry]), "normal")
-        tick.set_fontweight(weight)
-        look: dict[str, Any] = {"fontsize": 8, "fontweight": weight, "color": _MUTED}
-        at = ax.get_yaxis_transform()
-        ax.text(-0.012, y, text, ha="right", va="center", transform=at, **look)

@@ -32,7 +32,11 @@ class RunFolder:
         self, folder: Path, settings: Mapping[str, Any], *, overwrite: bool = False
     ) -> None:
         self.folder = folder
-        self._manifest = {"finished": False, "settings": json.loads(json.dumps(settings)), "files": []}
+        self._manifest = {
+            "finished": False,
+            "settings": json.loads(json.dumps(settings)),
+            "files": [],
+        }
         found = folder / _MANIFEST
         if found.exists():
             there = json.loads(found.read_text())

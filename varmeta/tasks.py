@@ -20,8 +20,8 @@ class Tasks:
     """T related data sets, ragged groups padded to a common number of rows N.
 
     Build one with `from_frame`, `from_csv` or `from_list`; the constructor itself takes tensors
-    that are padded already. Padding repeats a row of the same task, so that a model evaluated on it
-    stays finite; `mask` says which rows exist, and every loss in varmeta counts those alone.
+    that are padded already. Padding is a row of the same task, or whatever keeps the model finite;
+    `mask` says which rows exist, and every loss in varmeta counts those alone.
 
     Attributes:
         inputs: `[T, N, *input_shape]`, what the model of one task receives as `x`.
@@ -254,8 +254,7 @@ class Tasks:
         """
         if not 0.0 < query < 1.0:
             raise ValueError(f"query must lie strictly between 0 and 1, got {query}")
-        share = (self.num_rows.double() * query).round().long()
-        count = torch.minimum(share, self.num_rows - 1)
+        count = (self.num_rows.double() * query).round().long().minimum(self.num_rows - 1)
         return replace(self, is_query=self._shuffled_rank(seed) < count[:, None], is_split=True)
 
     def folds(self, count: int = 5, *, seed: int = 0) -> Tasks:

@@ -285,6 +285,21 @@ def objective(losses: Tensor, meta: Meta, batch: Batch, step: int) -> Tensor:
     return losses.mean() - meta.log_prior() / batch.total
 
 
+def gradients(total: Tensor, leaves: Sequence[Tensor], step: int) -> tuple[Tensor, ...]:
+    """d total / d leaves.
+
+    Raises:
+        NonFiniteLoss: they are not finite, though the loss is.
+    """
+    grads = torch.autograd.grad(total, leaves)
+    if not all(bool(g.isfinite().all()) for g in grads):
+        raise NonFiniteLoss(
+            f"step {step}: every task's loss is finite but the gradient is not. Look for a square "
+            "root or a division at 0 in the model, also in a branch that torch.where discards"
+        )
+    return grads
+
+
 def decayed(rate: float, step: int, steps: int) -> float:
     """Cosine decay of a learning rate from `rate` to 0."""
     return 0.5 * rate * (1 + math.cos(math.pi * min(step, steps) / steps))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from signal import SIGINT, default_int_handler, getsignal, signal
+from threading import current_thread, main_thread
 
 import pandas as pd
 import torch
@@ -88,9 +90,11 @@ class Fit:
             ValueError: a task without rows.
         """
         tasks.require_rows("tasks")
-        return self.strategy.adapt(
+        posterior = self.strategy.adapt(
             self.density, self.state, tasks.unsplit, generator(self.seed, _ADAPT)
         )
+        _report(self.strategy.name, posterior.stats)
+        return posterior
 
     def posterior(self) -> TaskPosterior:
         """The posterior of the training tasks given all of their rows.
@@ -152,12 +156,15 @@ def fit(
         ValueError: a task without support rows, a batch size out of range, a checkpoint of another
             strategy or seed.
         NonFiniteLoss: with the task's name; the checkpoint holds the step before.
-        KeyboardInterrupt: after the checkpoint is written, with how to resume.
+        KeyboardInterrupt: after the step is done and the checkpoint written, with how to resume.
     """
     (tasks.batch(0) if isinstance(tasks, TaskSource) else tasks).require_rows("tasks")
     training = strategy.prepare(tasks, seed)
-    if isinstance(training, Tasks) and batch_size and not 0 < batch_size <= len(training):
-        raise ValueError(f"batch_size must lie between 1 and {len(training)}, got {batch_size}")
+    if batch_size is not None:
+        if isinstance(training, TaskSource):
+            raise ValueError("batch_size is for Tasks; a TaskSource draws its own batches")
+        if not 0 < batch_size <= len(training):
+            raise ValueError(f"batch_size must lie between 1 and {len(training)}, got {batch_size}")
     prior = prior or GaussianPrior.from_density(density)
     if prior.dim != density.dim:
         raise ValueError(f"prior has {prior.dim} coordinates, the density {density.dim}")
@@ -169,7 +176,7 @@ def fit(
     try:
         run.loop(path, progress, on_step)
     except KeyboardInterrupt:
-        if path is None:
+        if path is None or not run.whole:
             raise
         run.result().save(path)
         raise KeyboardInterrupt(
@@ -183,7 +190,7 @@ def fit(
     result = run.result()
     if path is not None:
         result.save(path)
-    _report(result)
+    _report(strategy.name, result.stats)
     return result
 
 
@@ -204,6 +211,7 @@ class _Run:
         self.state, self.seed, self.batch_size = state, seed, batch_size
         self.rows: list[dict[str, float]] = []
         self.stats: dict[str, Tensor] = {}
+        self.whole = True  # not within a step, which may have changed half of the state
 
     def loop(
         self,
@@ -215,11 +223,12 @@ class _Run:
         last = self.rows[-1] if self.rows else {"seconds": 0.0, "gradients": 0.0}
         seconds, gradients = last["seconds"], last["gradients"]
         saved = time.monotonic()
-        with _bar(progress) as bar:
+        with _whole_steps() as pause, _bar(progress) as bar:
             line = bar.add_task(self.strategy.name, total=total, completed=state.step, note="")
             while state.step < total:
                 start = time.perf_counter()
                 batch = self._batch(state.step)
+                self.whole = False
                 info = self.strategy.step(
                     self.density, state, batch, generator(self.seed, _STEP, state.step)
                 )
@@ -227,9 +236,11 @@ class _Run:
                 seconds += time.perf_counter() - start
                 gradients += info.gradients
                 self._record(info, batch, seconds, gradients)
+                self.whole = True
                 bar.update(line, completed=state.step, note=_note(self.rows[-1]))
                 if on_step is not None:
                     on_step(state.step, info)
+                pause()
                 if path is not None and time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
                     self.result().save(path)
                     saved = time.monotonic()
@@ -284,6 +295,35 @@ class _Run:
             self.stats[name][batch.index] = value.detach()
 
 
+@contextmanager
+def _whole_steps() -> Iterator[Callable[[], None]]:
+    """Ctrl-C waits for the end of the step, where the function given is called; a second does not.
+
+    A step that is left half done could not be resumed exactly.
+    """
+    pressed = False
+
+    def remember(*_: object) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    def pause() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    # Elsewhere Ctrl-C does not arrive, or the user has a handler of his own.
+    ours = current_thread() is main_thread() and getsignal(SIGINT) is default_int_handler
+    if ours:
+        signal(SIGINT, remember)
+    try:
+        yield pause
+    finally:
+        if ours:
+            signal(SIGINT, default_int_handler)
+
+
 def _bar(progress: bool | None) -> Progress:
     console = Console(stderr=True)
     hidden = not console.is_terminal if progress is None else not progress
@@ -303,25 +343,20 @@ def _note(row: dict[str, float]) -> str:
     return note + (f"  residual {row['residual']:.1e}" if "residual" in row else "")
 
 
-def _report(result: Fit) -> None:
+def _report(name: str, stats: Mapping[str, Tensor]) -> None:
     """Say in plain words what went wrong inside, if anything did."""
-    stats: dict[str, Any] = result.stats
     said = []
-    for key, bad, text in (
-        (
-            "converged",
-            lambda s: ~s,
-            "did not reach the inner minimiser's tolerance: raise its max_iterations",
-        ),
-        (
-            "negative_curvature",
-            lambda s: s,
-            "met negative curvature in the implicit solve, so the inner problem is not at a minimum "
-            "there: raise the minimiser's max_iterations, or start from a tighter prior",
-        ),
+    for key, good, text in (
+        ("converged", True, "did not reach the inner minimiser's tolerance"),
+        ("negative_curvature", False, "met negative curvature in the implicit solve"),
     ):
-        if key in stats and bool(bad(stats[key]).any()):
-            count, total = int(bad(stats[key]).sum()), len(stats[key])
-            said.append(f"{count} of {total} tasks {text}")
+        count = int((stats[key] != good).sum()) if key in stats else 0
+        if count:
+            said.append(f"{count} of {len(stats[key])} tasks {text}")
     if said:
-        warnings.warn(f"{result.strategy.name}: " + "; ".join(said), RuntimeWarning, stacklevel=3)
+        warnings.warn(
+            f"{name}: {' and '.join(said)}: the inner problem is not solved there. Raise the "
+            "minimiser's max_iterations, or start from a tighter prior",
+            RuntimeWarning,
+            stacklevel=3,
+        )

@@ -22,6 +22,7 @@ from varmeta.inference.base import (
     StepInfo,
     Strategy,
     decayed,
+    gradients,
     map_energy,
     objective,
     update,
@@ -106,7 +107,7 @@ class IMAML(Strategy):
         losses, info = self.losses(density, state.meta.prior, state.meta.shared, batch.tasks)
         total = objective(losses, state.meta, batch, state.step)
         leaves = state.meta.leaves()
-        grads = torch.autograd.grad(total, leaves)
+        grads = gradients(total, leaves, state.step)
         rate = decayed(self.learning_rate, state.step, self.steps)
         update(state.optimisers["meta"], leaves, grads, rate)
         stats = {

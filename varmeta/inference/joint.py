@@ -23,6 +23,7 @@ from varmeta.inference.base import (
     Strategy,
     check_finite,
     decayed,
+    gradients,
     map_energy,
     objective,
     update,
@@ -209,7 +210,7 @@ class JointVariational(Strategy):
         else:
             check_finite(losses, batch.tasks, state.step)
             total = losses.mean()
-        grads = torch.autograd.grad(total, [*leaves, *rows.values()])
+        grads = gradients(total, [*leaves, *rows.values()], state.step)
         # A row's own objective is its task's loss, not the mean: undo the 1/B, so that the step
         # does not depend on the batch size through Adam's ε.
         table = [

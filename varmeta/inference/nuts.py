@@ -104,7 +104,6 @@ class PyroNUTS(Strategy):
             kernel = state.cache["kernel"]
             divergences = len(kernel._divergences)
             z = kernel.sample(state.cache["z"])
-            check_finite(kernel._potential_energy_last.reshape(1), batch.tasks, state.step)
             state.cache["z"] = z
             state.tensors["position"] = torch.cat([v.detach().reshape(-1) for v in z.values()])
             state.tensors["step_size"] = torch.tensor(float(kernel.step_size), dtype=torch.float64)

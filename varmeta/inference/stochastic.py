@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ class Langevin:
         start = prior.loc.expand(particles, len(tasks), -1)
         x = start if through or score else start.detach()
         log_prob = x.new_zeros(particles, len(tasks))
-        like = {"generator": generator, "dtype": x.dtype, "device": x.device}
+        like: Any = {"generator": generator, "dtype": x.dtype, "device": x.device}
         for t in range(self.run_length):
             if t and not through:
                 x = x.detach()
@@ -243,8 +243,10 @@ class Stochastic(Strategy):
         tasks: Tasks,
         generator: torch.Generator,
     ) -> tuple[Tensor, Tensor]:
-        """E_{θ∼Alg} g_i(θ) per task, nats: `[T]`, with an unbiased derivative; and the particles'
-        standard deviation of g_i, `[T]`."""
+        """E_{θ∼Alg} g_i(θ) per task, nats, `[T]`, with an unbiased derivative.
+
+        The second result is the particles' standard deviation of g_i, `[T]`.
+        """
         pathwise = self.estimator == "pathwise"
         ends, log_prob = self.algorithm.run(
             density,

@@ -14,16 +14,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from varmeta.models.capture import Captured
-from varmeta.models.sites import (
-    Model,
-    pyro_untouched,
-    read_sites,
-    reason,
-    run,
-    validation_off,
-)
-from varmeta.seeds import generator as seeded
-from varmeta.seeds import global_rng
+from varmeta.models.sites import Model, pyro_untouched, read_sites, reason, run, validation_off
+from varmeta.seeds import generator, global_rng
 from varmeta.tasks import Tasks, TaskSource
 
 _TRIES = 3  # draws at which a site may be silent by chance (a ReLU that is off)
@@ -37,7 +29,8 @@ class Density:
     flat unconstrained parameters θ `[T, D]`; the prior that the user wrote at each of them is
     replaced by the learned N(θ0, Σ), which starts from it (`GaussianPrior.from_density`). Latents
     named in `shared`, and every `pyro.param` or module parameter, have one value φ `[P]` for all
-    tasks: shared latents keep the user's own prior, params have a flat one.
+    tasks: shared latents keep the user's own prior, params have a flat one. Given these, a row's
+    likelihood must depend on that row alone, and on no Python state that changes.
 
     Args:
         model: a Pyro model (a function or a `PyroModule`) of one task.
@@ -288,7 +281,7 @@ class Density:
         index = torch.cat([torch.full((s.size,), k) for k, s in enumerate(sites)])
         loc = torch.cat([self.prior_loc, self.shared_init])
         scale = torch.cat([self.prior_scale, self.shared_scale])
-        noise, index = seeded(0, device=loc.device), index.to(loc.device)
+        noise, index = generator(0, device=loc.device), index.to(loc.device)
 
         def rows(flat: Tensor, tasks: Tasks) -> Tensor:
             theta = flat[: self.dim].expand(len(tasks), -1)
