@@ -155,3 +155,14 @@ def test_single_precision_reaches_its_tolerance() -> None:
     exact = torch.linalg.solve(a.double(), b.double())
     error = (solution.x - exact).norm(dim=-1) / exact.norm(dim=-1)
     assert bool((error <= 1e2 * (solution.residual + rounding(a, b, solution))).all())
+
+
+def test_what_is_not_finite_stays_so_and_harms_no_other_task() -> None:
+    """In b, and in the products: never a plausible 0 with a residual of 0."""
+    a, b = operator(18, 4, 5, 1e2), right_sides(19, 4, 5)
+    exact = torch.linalg.solve(a, b)
+    b[0, 1], b[1, 2], a[2, 0, 0] = float("nan"), float("inf"), float("nan")
+    solution = CG().solve(product(a), b)
+    assert not bool(solution.residual[:3].isfinite().any())
+    assert not bool(solution.x[:3].isfinite().all(-1).any())
+    assert torch.allclose(solution.x[3], exact[3], rtol=1e-8)

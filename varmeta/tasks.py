@@ -336,8 +336,7 @@ class TaskSource:
 
     Args:
         draw: makes one batch of (usually split) tasks from a `torch.Generator`.
-        seed: the stream's seed; batch k is the same however often it is asked for, so that an
-            interrupted run resumes on the same batches.
+        seed: of the stream; batch k is always the same, so that interrupted runs can be resumed.
 
     Example:
         >>> from varmeta.models import sinusoids

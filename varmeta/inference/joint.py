@@ -60,7 +60,7 @@ class JointVariational(Strategy):
     """
 
     q: Literal["gaussian", "delta"] = "gaussian"
-    steps: int = 1500
+    steps: int = 1000
     learning_rate: float = 0.05
     samples: int = 8
     learn_loc: bool = True

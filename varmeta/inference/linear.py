@@ -54,7 +54,7 @@ class CG:
         if tolerance is None:
             relative = default_tolerance(b.dtype) if self.tolerance is None else self.tolerance
             tolerance = torch.full_like(b[:, 0], relative)
-        x, r = torch.zeros_like(b), b.clone()
+        x, r = 0 * b, b.clone()  # 0, but NaN where b is not finite
         p, rr = r, (r * r).sum(-1)
         size = rr.sqrt()
         goal = tolerance * size
@@ -76,7 +76,7 @@ class CG:
             beta = torch.where(active, new / torch.where(rr > 0, rr, 1.0), 0.0)[:, None]
             p, rr = r + beta * p, new
             active = active & (rr.sqrt() > goal)
-        residual = torch.where(size > 0, rr.sqrt() / torch.where(size > 0, size, 1.0), 0.0)
+        residual = rr.sqrt() / torch.where(size == 0, 1.0, size)
         return Solution(x, residual, iterations, negative, products)
 
 

@@ -53,7 +53,7 @@ class PyroNUTS(Strategy):
         proposals: per hyperparameter draw and new task.
     """
 
-    draws: int = 500
+    draws: int = 300
     warmup: int = 100
     chains: int = 2
     target_accept: float = 0.8

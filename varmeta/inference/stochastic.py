@@ -189,8 +189,8 @@ class Stochastic(Strategy):
 
     algorithm: Langevin = field(default_factory=Langevin)
     estimator: Literal["pathwise", "score"] = "pathwise"
-    steps: int = 150
-    learning_rate: float = 0.05
+    steps: int = 100
+    learning_rate: float = 0.1
     particles: int = 4
     learn_scale: bool = True
     folds: int | None = 5
