@@ -18,6 +18,7 @@ from linear_gaussian import LinearGaussian
 from torch import Tensor
 
 from varmeta import Density, Fit, GaussianPrior, NonFiniteLoss, Tasks, fit
+from varmeta.inference import nuts
 from varmeta.inference.base import StepInfo
 from varmeta.seeds import generator
 
@@ -26,6 +27,12 @@ TRAIN = CASE.tasks.support
 NEW = case_of(LinearGaussian.random(4, num_tasks=3, dim=2)).tasks.support
 
 every_strategy = pytest.mark.parametrize("entry", CATALOGUE.values(), ids=CATALOGUE.keys())
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NUTS may start anywhere: these laws do not ask how well it mixes."""
+    monkeypatch.setattr(nuts, "_QUICK_STEPS", 10)
 
 
 def run(entry: Entry, tasks: Tasks = TRAIN, **options: object) -> Fit:
@@ -129,6 +136,7 @@ def test_global_state_is_left_alone(entry: Entry) -> None:
     pyro.get_param_store().clear()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as in `run`
 @every_strategy
 def test_posterior_protocol(entry: Entry) -> None:
     result = done(entry)

@@ -53,8 +53,8 @@ def test_imaml_learns_on_a_stream() -> None:
     ):  # a network's inner problem is not always solved; tested elsewhere
         warnings.simplefilter("ignore", RuntimeWarning)
         result = fit(strategy, density, source)
-    test = source.batch(1000)
-    adapted = result.adapt(test.support).mean
+        test = source.batch(1000)
+        adapted = result.adapt(test.support).mean
     start = result.prior.loc.expand_as(adapted)
     untrained = density.prior_loc.expand_as(adapted)
     losses = [
