@@ -166,3 +166,5 @@ def test_what_is_not_finite_stays_so_and_harms_no_other_task() -> None:
     assert not bool(solution.residual[:3].isfinite().any())
     assert not bool(solution.x[:3].isfinite().all(-1).any())
     assert torch.allclose(solution.x[3], exact[3], rtol=1e-8)
+    alone = CG().solve(product(a[:1]), b[:1])
+    assert bool(alone.residual.isnan()) and bool(alone.x.isnan().any())
