@@ -35,7 +35,7 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "no-pooling": NoPooling,
     "complete-pooling": CompletePooling,
 }
-_DEFAULT = "imaml,joint,joint-reset,stochastic,nuts,no-pooling,complete-pooling"
+_DEFAULT = "imaml,joint,stochastic,nuts,no-pooling,complete-pooling"
 
 app = typer.Typer(
     no_args_is_help=True,
