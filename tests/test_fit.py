@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,11 @@ def test_different_seeds_differ_and_the_same_does_not() -> None:
     a, b, c = (run(seed=seed) for seed in (0, 1, 0))
     assert not torch.equal(a.prior.loc, b.prior.loc)
     assert_same(a.state.state_dict(), c.state.state_dict())
+
+
+def test_every_step_draws_new_noise() -> None:
+    """At a standstill the loss still varies, by more than the standstill's 1e-12."""
+    assert run(replace(JOINT, learning_rate=1e-12)).history["loss"].std() > 1e-3
 
 
 def test_batches_are_random_and_reach_every_task() -> None:
@@ -257,10 +263,11 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_a_states_copy_does_not_change_with_it() -> None:
     """Neither the learned tensors nor the optimiser's momentum."""
     done = run()
-    before, again = done.state.state_dict(), done.state.state_dict()
+    before = done.state.state_dict()
     tasks = CASE.tasks.unsplit
     batch = fit_module.Batch(tasks, torch.arange(6), 6)
-    done.state.step = before["step"] = again["step"] = 3  # where the learning rate is not 0
+    done.state.step = before["step"] = 3  # where the learning rate is not 0
+    again = deepcopy(before)
     JOINT.step(CASE.density, done.state, batch, generator(0))
     assert_same(before, again)
     fresh = JOINT.init(CASE.density, GaussianPrior.from_density(CASE.density), tasks, generator(0))

@@ -259,7 +259,15 @@ def test_a_rows_step_does_not_depend_on_the_batch_size() -> None:
         state = strategy.init(case.density, case.prior, tasks, generator(0))
         strategy.step(case.density, state, Batch(tasks.select(index), index, 6), generator(0))
         results.append(state.tensors["mean"][2].detach())
-    assert torch.allclose(*results, rtol=1e-12)
+    assert torch.allclose(*results, rtol=1e-12, atol=0)
+
+
+def test_adapting_starts_at_the_learned_prior() -> None:
+    _, case, done = long_run(0)
+    start = replace(done, strategy=replace(done.strategy, adapt_steps=0))
+    posterior = start.adapt(case.tasks.select([0, 1]))
+    assert_close(posterior.mean, done.prior.loc.expand(2, -1), 1e-12)
+    assert_close(posterior.sd, done.prior.scale.expand(2, -1), 1e-12)
 
 
 def test_adapting_leaves_the_run_alone() -> None:

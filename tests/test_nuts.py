@@ -161,6 +161,21 @@ def test_the_fits_prior_is_the_posterior_mean() -> None:
     assert torch.allclose(done.prior.log_scale, done.state.tensors["log_scale"].mean(0))
 
 
+def test_a_new_tasks_draws_come_with_their_own_shared_values() -> None:
+    """Hyperparameters in two clusters: θ0 = ±10 with φ = 3 or 4, where the data say nothing."""
+    case = case_of(LinearGaussian.random(0, dim=1), shared_noise=True)
+    strategy = PyroNUTS(draws=50, chains=1)
+    state = strategy.init(case.density, case.prior, case.tasks, generator(0))
+    high = torch.arange(50) % 3 == 0
+    state.tensors["loc"][:, 0] = torch.where(high, 10.0, -10.0)
+    state.tensors["log_scale"][:] = -5.0
+    state.tensors["shared"][:, 0] = torch.where(high, 4.0, 3.0)
+    posterior = strategy.adapt(case.density, state, case.tasks, generator(0))
+    theta, shared = posterior.sample(50, generator(0))
+    assert torch.equal(shared, torch.where(theta > 0, 4.0, 3.0).to(shared))
+    assert 0 < int((theta > 0).sum()) < theta.numel()
+
+
 def test_too_few_draws_for_a_task_are_said() -> None:
     """One draw of the hyperparameters cannot be reweighted into another place."""
     done, _ = run()
