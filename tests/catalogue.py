@@ -5,16 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from varmeta import (
+    CG,
+    FOMAML,
     IMAML,
+    MAML,
+    Adam,
     CompletePooling,
     GradientDescent,
+    Implicit,
     JointVariational,
     Langevin,
+    MetaSGD,
     NoPooling,
+    OneStep,
     PyroNUTS,
+    Reptile,
     Stochastic,
     Strategy,
+    Unrolled,
 )
+
+FEW = GradientDescent(0.01, 5, tolerance=0)
 
 
 @dataclass(frozen=True)
@@ -36,6 +47,28 @@ CATALOGUE = {
     "imaml, gradient descent": Entry(
         IMAML(steps=6, minimiser=GradientDescent(0.01, 100)), separate=True
     ),
+    "imaml, the paper's budget": Entry(
+        IMAML(
+            steps=6,
+            minimiser=GradientDescent(0.01, 16, tolerance=0),
+            adjoint=Implicit(CG(5, tolerance=0)),
+        ),
+        separate=True,
+    ),
+    "imaml, warm start": Entry(IMAML(steps=6, warm_start=True), separate=True),
+    "imaml, two at once": Entry(IMAML(steps=6, tasks_at_once=2), separate=True),
+    "imaml, one step": Entry(IMAML(steps=6, adjoint=OneStep(0.01)), separate=True),
+    "imaml, unrolled Adam": Entry(
+        IMAML(steps=4, minimiser=Adam(0.1, 10, tolerance=0), adjoint=Unrolled(checkpoint=3)),
+        separate=True,
+    ),
+    "maml": Entry(MAML(steps=6, minimiser=FEW), separate=True),
+    "maml with prior": Entry(
+        MAML(steps=6, minimiser=FEW, with_prior=True, learn_scale=True), separate=True
+    ),
+    "fomaml": Entry(FOMAML(steps=6, minimiser=FEW), separate=True),
+    "meta-sgd": Entry(MetaSGD(steps=6, minimiser=FEW), separate=True),
+    "reptile": Entry(Reptile(steps=6, minimiser=FEW), separate=True),
     "joint": Entry(JointVariational(steps=8, adapt_steps=8)),
     "joint reset": Entry(JointVariational(steps=9, reset_every=3, adapt_steps=8)),
     "joint delta": Entry(JointVariational(q="delta", steps=8, adapt_steps=8), separate=True),

@@ -21,7 +21,8 @@ from helpers import (
 from linear_gaussian import GaussianOptimum, LinearGaussian
 from torch import Tensor
 
-from varmeta.inference.base import Batch, State, map_energy
+from varmeta.inference.base import Batch, State
+from varmeta.inference.energy import TaskEnergy
 from varmeta.inference.fit import Fit, fit
 from varmeta.inference.joint import JointVariational, bound
 from varmeta.posterior import Delta, Gaussian, TaskPosterior
@@ -106,7 +107,7 @@ def test_delta_objective_is_exact_and_stationary_at_its_optimum(seed: int) -> No
     case = case_of(problem.at(theta0=theta0))
     prior, shared, (loc, _, _) = leaves_of(case)
     theta = tensor(thetas).requires_grad_()
-    total = map_energy(case.density, prior, case.tasks.support, shared)(theta).sum()
+    total = TaskEnergy(case.density, case.tasks.support, shared, prior)(theta).sum()
     assert_close(total, value, 1e-11)
     pull = (prior.scale**-2 * (theta - loc)).abs().max()
     for grad in torch.autograd.grad(total, [loc, theta]):

@@ -11,7 +11,7 @@ from helpers import FLOAT, assert_close, case_of, tensor
 from linear_gaussian import LinearGaussian
 from torch import Tensor
 
-from varmeta.inference.base import map_energy
+from varmeta.inference.energy import TaskEnergy
 from varmeta.inference.laplace import hessian, laplace_scale
 
 NAMES = ("a", "b", "c")
@@ -27,7 +27,7 @@ def diagonal(values: Tensor) -> Tensor:
 def test_covariance_is_the_exact_posteriors(shape: tuple[int, int, int]) -> None:
     problem = LinearGaussian.random(*shape)
     case = case_of(problem)
-    energy = map_energy(case.density, case.prior, case.tasks.support, case.shared)
+    energy = TaskEnergy(case.density, case.tasks.support, case.shared, case.prior)
     tril = laplace_scale(energy, tensor(problem.theta_stars()), case.tasks.names)
     exact = np.stack([problem.posterior_cov(i) for i in range(problem.num_tasks)])
     assert_close(tril @ tril.mT, exact, 1e-8)

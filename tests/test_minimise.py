@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -11,15 +12,12 @@ from helpers import FLOAT, tensor
 from scipy.optimize import minimize
 from torch import Tensor
 
+from varmeta.inference.energy import as_energy
 from varmeta.inference.linear import CG, default_tolerance
-from varmeta.inference.minimise import (
-    Energy,
-    GradientDescent,
-    Minimiser,
-    NewtonCG,
-    curvature_at,
-    gradient,
-)
+from varmeta.inference.minimise import GradientDescent, Minimiser
+from varmeta.inference.newton import NewtonCG
+
+Energy = Callable[[Tensor], Tensor]
 
 CURVATURES = tensor([[1.0, 2.0, 5.0], [0.1, 3.0, 10.0], [4.0, 4.0, 4.0]])
 CENTRES = tensor([[1.0, -2.0, 0.5], [100.0, 0.0, -1.0], [0.0, 0.0, 3.0]])
@@ -27,6 +25,11 @@ CENTRES = tensor([[1.0, -2.0, 0.5], [100.0, 0.0, -1.0], [0.0, 0.0, 3.0]])
 
 def quadratic(theta: Tensor) -> Tensor:
     return 0.5 * (CURVATURES * (theta - CENTRES) ** 2).sum(-1)
+
+
+def gradient(energy: Energy, theta: Tensor) -> Tensor:
+    with torch.no_grad():
+        return as_energy(energy).gradient(theta)
 
 
 def rosenbrock(theta: Tensor) -> Tensor:
@@ -105,7 +108,7 @@ def test_quadratic_minimum_is_exact(minimiser: str) -> None:
     assert float(error.max()) < 1e-6
 
 
-@pytest.mark.parametrize("steps", [0, 1, 7, 16])
+@pytest.mark.parametrize("steps", [1, 7, 16])
 def test_gradient_descent_shrinks_each_eigencomponent_geometrically(steps: int) -> None:
     """θ_k − c = (1 − ηλ)^k (θ_0 − c) on a quadratic."""
     start = torch.ones(3, 3, dtype=FLOAT)
@@ -154,7 +157,7 @@ def test_newton_leaves_a_saddle_for_the_well_on_its_side(height: float) -> None:
 def test_energy_never_rises_from_one_newton_step_to_the_next() -> None:
     for energy, start in PROBLEMS.values():
         values = torch.stack(
-            [energy(NewtonCG(max_iterations=k).minimise(energy, start).theta) for k in range(15)]
+            [energy(NewtonCG(max_iterations=k).minimise(energy, start).theta) for k in range(1, 15)]
         )
         slack = 100 * torch.finfo(FLOAT).eps * (1 + values.abs().amax())
         assert bool((values.diff(dim=0) <= slack).all())
@@ -232,10 +235,10 @@ def test_evaluations_are_counted() -> None:
 
 def test_curvature_product_is_the_hessians() -> None:
     energy, start = PROBLEMS["rosenbrock"]
-    value, grad, matvec = curvature_at(energy, start)
-    assert torch.equal(value, energy(start)) and torch.equal(grad, gradient(energy, start))
+    at = as_energy(energy).linearise(start)
+    assert torch.equal(at.value, energy(start)) and torch.equal(at.grad, gradient(energy, start))
     v = torch.randn(start.shape, dtype=FLOAT, generator=torch.Generator().manual_seed(0))
     for i in range(len(start)):
         dense = torch.autograd.functional.hessian(lambda t, i=i: rosenbrock(t[None])[0], start[i])
         for _ in range(2):  # the graph is kept
-            assert torch.allclose(matvec(v)[i], dense @ v[i], rtol=1e-12)
+            assert torch.allclose(at.product(v)[i], dense @ v[i], rtol=1e-12)

@@ -15,7 +15,7 @@ from scipy.stats import multivariate_normal
 from torch import Tensor
 
 from varmeta.inference.imaml import adapt_map
-from varmeta.inference.minimise import NewtonCG
+from varmeta.inference.newton import NewtonCG
 from varmeta.posterior import Delta, Draws, Gaussian, TaskPosterior
 from varmeta.seeds import generator
 

@@ -13,10 +13,12 @@ from varmeta.inference.fit import Fit, fit
 from varmeta.inference.imaml import IMAML
 from varmeta.inference.joint import JointVariational
 from varmeta.inference.linear import CG
-from varmeta.inference.minimise import GradientDescent, NewtonCG
+from varmeta.inference.maml import FOMAML, MAML, MetaSGD, Reptile
+from varmeta.inference.minimise import Adam, GradientDescent
+from varmeta.inference.newton import NewtonCG
 from varmeta.inference.nuts import PyroNUTS
 from varmeta.inference.pooling import CompletePooling, NoPooling
-from varmeta.inference.prox import Implicit, prox
+from varmeta.inference.prox import Detached, Implicit, OneStep, Unrolled, prox
 from varmeta.inference.stochastic import Langevin, Stochastic
 from varmeta.models import Density, GaussianPrior, hierarchy
 from varmeta.posterior import TaskPosterior
@@ -26,25 +28,33 @@ __version__ = _version("varmeta-ppl")
 
 __all__ = [
     "CG",
+    "FOMAML",
     "IMAML",
+    "MAML",
+    "Adam",
     "Comparison",
     "CompletePooling",
     "Density",
+    "Detached",
     "Fit",
     "GaussianPrior",
     "GradientDescent",
     "Implicit",
     "JointVariational",
     "Langevin",
+    "MetaSGD",
     "NewtonCG",
     "NoPooling",
     "NonFiniteLoss",
+    "OneStep",
     "PyroNUTS",
+    "Reptile",
     "Stochastic",
     "Strategy",
     "TaskPosterior",
     "TaskSource",
     "Tasks",
+    "Unrolled",
     "__version__",
     "compare",
     "fit",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from os import PathLike
 from typing import Any
 
@@ -217,12 +218,12 @@ class Tasks:
         """`[T]` int, how many rows each task has (support and query together)."""
         return self.mask.sum(-1)
 
-    @property
+    @cached_property
     def support(self) -> Tasks:
         """The support parts as tasks of their own; all rows when not split."""
         return self._part(self.mask & ~self.is_query) if self.is_split else self
 
-    @property
+    @cached_property
     def query(self) -> Tasks:
         """The query parts as tasks of their own; all rows when not split (f and g coincide)."""
         return self._part(self.mask & self.is_query) if self.is_split else self

@@ -66,12 +66,10 @@ class Meta:
         factor = start.factor
         if factor is not None:
             factor = factor + start.scale.detach()[:, None] * raw["factor"]
-        return GaussianPrior(
+        return start.moved(
             start.loc + start.scale.detach() * raw["loc"],
             start.log_scale + raw["log_scale"],
-            start.groups,
             factor,
-            start.hyperprior,
         )
 
     @property
@@ -158,6 +156,13 @@ class Batch:
     index: Tensor
     total: float
 
+    def split(self, size: int | None) -> list[Batch]:
+        """Itself in parts of at most `size` tasks, in order."""
+        if size is None or size >= len(self.tasks):
+            return [self]
+        rows = torch.arange(len(self.tasks)).split(size)
+        return [Batch(self.tasks.select(r.tolist()), self.index[r], self.total) for r in rows]
+
     def require_all(self, name: str) -> None:
         """Raise a ValueError unless these are all training tasks, which strategy `name` needs."""
         if len(self.tasks) != self.total:
@@ -172,11 +177,13 @@ class StepInfo:
         loss: mean over the batch of the strategy's objective, nats per task.
         gradients: gradient evaluations of one task's loss, a Hessian-vector product counted as two.
         stats: per-task diagnostics `[B]`.
+        worst: the largest of each diagnostic that is a number, where it is known already.
     """
 
     loss: float
     gradients: int
     stats: dict[str, Tensor] = field(default_factory=dict)
+    worst: dict[str, float] = field(default_factory=dict)
 
 
 class Strategy(ABC):
@@ -227,15 +234,6 @@ class Strategy(ABC):
     ) -> TaskPosterior:
         """The posterior of the training tasks, when the strategy already holds it."""
         return self.adapt(density, state, tasks, generator)
-
-
-def map_energy(density: Density, prior: GaussianPrior, tasks: Tasks, shared: Tensor) -> Any:
-    """E_i(θ) = f_i(θ) + ½(θ−θ0)ᵀΛ(θ−θ0), nats: a function `[..., T, D]` to `[..., T]`."""
-
-    def energy(theta: Tensor) -> Tensor:
-        return density.negative_log_likelihood(theta, tasks, shared) + prior.penalty(theta)
-
-    return energy
 
 
 def with_query(
@@ -293,11 +291,16 @@ def gradients(total: Tensor, leaves: Sequence[Tensor], step: int) -> tuple[Tenso
     """
     grads = torch.autograd.grad(total, leaves)
     if not all(bool(g.isfinite().all()) for g in grads):
-        raise NonFiniteLoss(
-            f"step {step}: every task's loss is finite but the gradient is not. Look for a square "
-            "root or a division at 0 in the model, also in a branch that torch.where discards"
-        )
+        raise NonFiniteLoss(non_finite_gradient(step))
     return grads
+
+
+def non_finite_gradient(step: int) -> str:
+    """What to say where losses are finite and their gradient is not."""
+    return (
+        f"step {step}: every task's loss is finite but the gradient is not. Look for a square "
+        "root or a division at 0 in the model, also in a branch that torch.where discards"
+    )
 
 
 def decayed(rate: float, step: int, steps: int) -> float:

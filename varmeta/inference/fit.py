@@ -283,7 +283,8 @@ class _Run:
         }
         for name in ("grad_norm", "residual"):
             if name in info.stats:
-                row[name] = float(info.stats[name].max())
+                worst = info.worst.get(name)
+                row[name] = float(info.stats[name].max()) if worst is None else worst
         self.rows.append(row)
         if isinstance(self.training, TaskSource):
             self.stats = dict(info.stats)

@@ -24,10 +24,10 @@ from varmeta.inference.base import (
     check_finite,
     decayed,
     gradients,
-    map_energy,
     objective,
     update,
 )
+from varmeta.inference.energy import TaskEnergy
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import Delta, Gaussian, TaskPosterior
@@ -202,7 +202,7 @@ class JointVariational(Strategy):
             )
             losses = bound(density, prior, shared, batch.tasks, mean, sd, torch.cat([half, -half]))
         else:
-            losses = map_energy(density, prior, batch.tasks, shared)(mean)
+            losses = TaskEnergy(density, batch.tasks, shared, prior)(mean)
         rate = decayed(self.learning_rate, state.step, steps)
         leaves = meta.leaves() if learn else []
         if learn:

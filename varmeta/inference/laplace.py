@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from varmeta.inference.minimise import Energy, curvature_at
+from varmeta.inference.energy import Energy, as_energy
 
 MAX_DIM = 200
 
 
-def hessian(energy: Energy, theta: Tensor) -> Tensor:
+def hessian(energy: Energy | Callable[[Tensor], Tensor], theta: Tensor) -> Tensor:
     """∇²E_i at θ_i as `[T, D, D]`, D products with all tasks at once."""
-    _, _, matvec = curvature_at(energy, theta)
+    product = as_energy(energy).linearise(theta).product
     eye = torch.eye(theta.shape[-1], dtype=theta.dtype, device=theta.device)
-    columns = [matvec(e.expand_as(theta)) for e in eye]
+    columns = [product(e.expand_as(theta)) for e in eye]
     dense = torch.stack(columns, dim=-1)
     return 0.5 * (dense + dense.mT)
 
 
-def laplace_scale(energy: Energy, theta: Tensor, names: tuple[str, ...]) -> Tensor:
+def laplace_scale(
+    energy: Energy | Callable[[Tensor], Tensor], theta: Tensor, names: tuple[str, ...]
+) -> Tensor:
     """L `[T, D, D]`, lower triangular, with L Lᵀ = (∇²E)⁻¹ at the mode θ `[T, D]`.
 
     Where the Hessian is not positive definite θ is no mode: its negative directions are folded over

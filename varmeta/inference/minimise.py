@@ -1,20 +1,21 @@
-"""Batched inner minimisers: θ_i* = argmin E_i(θ_i) for all tasks at once."""
+"""Batched inner minimisers of first order: θ_i* = argmin E_i(θ_i) for all tasks at once."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from varmeta.inference.linear import CG, default_tolerance
+from varmeta.inference.energy import Energy, as_energy
+from varmeta.inference.linear import default_tolerance
+from varmeta.models.programs import Linearised
 
-Energy = Callable[[Tensor], Tensor]
-_HALVINGS = 30
-_ARMIJO = 1e-4
-_FORCING = 0.01  # loosest residual of a Newton system: a product is cheap beside a new gradient
+Memory = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,153 +25,217 @@ class Minimum:
     Attributes:
         theta: `[T, D]`.
         grad_norm: `[T]`, ‖∇E_i‖ there, nats per unit of θ.
-        converged: `[T]` bool, the tolerance was reached.
+        converged: `[T]` bool, the tolerance was reached; None if it is 0, a fixed budget.
         iterations: `[T]` int.
         gradients: batched gradient evaluations, a Hessian-vector product counted as two.
+        at: the energy linearised at θ.
     """
 
     theta: Tensor
     grad_norm: Tensor
-    converged: Tensor
+    converged: Tensor | None
     iterations: Tensor
     gradients: int
+    at: Linearised
 
 
 class Minimiser(Protocol):
     """Anything that minimises `energy: [T, D] → [T]` nats from `start` `[T, D]`."""
 
-    def minimise(self, energy: Energy, start: Tensor) -> Minimum:
+    def minimise(self, energy: Energy | Callable[[Tensor], Tensor], start: Tensor) -> Minimum:
         """Minimise every task's energy; tasks are independent."""
         ...
 
 
-@dataclass(frozen=True)
-class GradientDescent:
-    """Plain gradient descent, a fixed number of steps at most.
+class FirstOrder(ABC):
+    """A minimiser whose steps are functions of the gradients so far, and so can be unrolled.
 
     Attributes:
-        step_size: one number for all coordinates, units of θ² per nat; must be below 2 over the
-            largest curvature.
-        max_iterations: cap on the steps (the iMAML paper uses 16).
+        step_size: one number, or `[D]` one per coordinate; units of θ² per nat.
+        max_iterations: cap on the steps.
         tolerance: a task stops where ‖∇E‖ ≤ tolerance · (1 + ‖∇E(start)‖); None for ε^(2/3) of the
-            data type.
+            data type; 0 for exactly `max_iterations` steps, which a device runs without waiting.
     """
 
-    step_size: float
+    step_size: float | Tensor
+    max_iterations: int
+    tolerance: float | None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.step_size, Tensor) and not 0 < self.step_size < float("inf"):
+            raise ValueError(f"step_size must be positive and finite, got {self.step_size}")
+        check_budget(self.max_iterations, self.tolerance)
+
+    @abstractmethod
+    def begin(self, theta: Tensor) -> Memory:
+        """What is remembered from step to step, before the first."""
+
+    @abstractmethod
+    def move(self, count: int, grad: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        """The step to take after `count` others, and the new memory."""
+
+    def minimise(self, energy: Energy | Callable[[Tensor], Tensor], start: Tensor) -> Minimum:
+        """See `Minimiser.minimise`."""
+        energy = as_energy(energy)
+        with torch.no_grad():
+            theta, goal, iterations, gradients = self.run(energy, start.detach())
+        at = energy.linearise(theta)
+        norm = at.grad.detach().norm(dim=-1)
+        converged = None if self.tolerance == 0 else norm <= goal
+        return Minimum(theta, norm, converged, iterations, gradients + 1, at)
+
+    def run(
+        self,
+        energy: Energy,
+        start: Tensor,
+        *,
+        every: int | None = None,
+        first_order: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        """The steps themselves, differentiable in `start` and the energy while grad is enabled.
+
+        Args:
+            energy: of `[T, D]`.
+            start: `[T, D]`.
+            every: keep θ only at each so many steps for the way back, and compute the others again.
+            first_order: take the gradients as constants.
+
+        Returns:
+            θ `[T, D]`, the norm to reach `[T]` (0 in a fixed budget), steps taken `[T]`, and the
+            number of batched gradient evaluations.
+        """
+        theta, memory = start, self.begin(start.detach())
+        goal = torch.zeros_like(start[:, 0].detach())
+        iterations = torch.zeros(len(start), dtype=torch.long, device=start.device)
+        if self.tolerance == 0:
+            iterations = iterations + self.max_iterations
+        gradients, reached = 0, 0
+        size = every or self.max_iterations
+
+        def segment(begin: int, theta: Tensor, *memory: Tensor) -> tuple[Tensor, ...]:
+            nonlocal goal, iterations, gradients, reached
+            for count in range(begin, min(begin + size, self.max_iterations)):
+                grad = energy.gradient(theta.detach() if first_order else theta)
+                grad = grad.detach() if first_order else grad
+                again = count < reached  # computed again on the way back
+                gradients, reached = gradients + 1, max(reached, count + 1)
+                step, memory = self.move(count, grad, memory)
+                if self.tolerance == 0:
+                    theta = theta + step
+                    continue
+                norm = grad.detach().norm(dim=-1)
+                if count == 0:
+                    goal = goal_norm(norm, self.tolerance, grad.dtype)
+                active = norm > goal
+                if not bool(active.any()):
+                    break
+                theta = torch.where(active[:, None], theta + step, theta)
+                if not again:
+                    iterations = iterations + active
+            return theta, *memory
+
+        for begin in range(0, self.max_iterations, size):
+            if every is None or not torch.is_grad_enabled():
+                theta, *rest = segment(begin, theta, *memory)
+            else:
+                theta, *rest = checkpoint(segment, begin, theta, *memory, use_reentrant=False)
+            memory = tuple(rest)
+        return theta, goal, iterations, gradients
+
+
+@dataclass(frozen=True, eq=False)
+class GradientDescent(FirstOrder):
+    """Gradient descent, with heavy-ball momentum if asked for.
+
+    Attributes:
+        step_size: one number, or `[D]`; units of θ² per nat; below 2 over the largest curvature.
+        max_iterations: cap on the steps (the iMAML paper uses 16).
+        tolerance: see `FirstOrder`; 0 for exactly `max_iterations` steps.
+        momentum: share of the last step that is taken again (Polyak 1964), in [0, 1).
+    """
+
+    step_size: float | Tensor
     max_iterations: int = 16
     tolerance: float | None = None
+    momentum: float = 0.0
 
-    def minimise(self, energy: Energy, start: Tensor) -> Minimum:
-        """See `Minimiser.minimise`."""
-        theta = start.detach()
-        grad = gradient(energy, theta)
-        goal = _goal(grad, self.tolerance)
-        iterations = torch.zeros(len(theta), dtype=torch.long, device=theta.device)
-        gradients = 1
-        for _ in range(self.max_iterations):
-            active = grad.norm(dim=-1) > goal
-            if not bool(active.any()):
-                break
-            theta = torch.where(active[:, None], theta - self.step_size * grad, theta)
-            iterations += active
-            grad = gradient(energy, theta)
-            gradients += 1
-        norm = grad.norm(dim=-1)
-        return Minimum(theta, norm, norm <= goal, iterations, gradients)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}")
+
+    def begin(self, theta: Tensor) -> Memory:
+        """The last step, if there is momentum."""
+        return (torch.zeros_like(theta),) if self.momentum else ()
+
+    def move(self, count: int, grad: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        """See `FirstOrder.move`."""
+        step = -self.step_size * grad
+        if not self.momentum:
+            return step, ()
+        step = self.momentum * memory[0] + step
+        return step, (step,)
 
 
-@dataclass(frozen=True)
-class NewtonCG:
-    """Truncated Newton with conjugate gradients and a backtracking line search.
-
-    (Nocedal & Wright, Numerical Optimization, 2006, algorithm 7.1; the iMAML paper's Hessian-free
-    variant.) Needs no step size; quadratic convergence near a minimum. Where CG meets negative
-    curvature the step so far, or the steepest descent, is taken.
+@dataclass(frozen=True, eq=False)
+class Adam(FirstOrder):
+    """Adam (Kingma & Ba 2015): steps of about `step_size` whatever the scale of the gradient.
 
     Attributes:
-        max_iterations: cap on Newton steps.
-        tolerance: a task stops where ‖∇E‖ ≤ tolerance · (1 + ‖∇E(start)‖); None for ε^(2/3) of the
-            data type.
-        solver: for the Newton systems.
+        step_size: units of θ.
+        max_iterations: cap on the steps.
+        tolerance: see `FirstOrder`; 0 for exactly `max_iterations` steps.
+        betas: decay of the averages of the gradient and of its square.
+        eps: nats per unit of θ; keeps the derivative of an unrolled run finite where a gradient
+            vanishes.
     """
 
-    max_iterations: int = 50
+    step_size: float | Tensor = 0.1
+    max_iterations: int = 100
     tolerance: float | None = None
-    solver: CG = field(default_factory=lambda: CG(max_iterations=50))
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
 
-    def minimise(self, energy: Energy, start: Tensor) -> Minimum:
-        """See `Minimiser.minimise`."""
-        theta = start.detach()
-        value, grad, matvec = curvature_at(energy, theta)
-        goal, flat = _goal(grad, self.tolerance), default_tolerance(theta.dtype)
-        iterations = torch.zeros(len(theta), dtype=torch.long, device=theta.device)
-        stalled = torch.zeros_like(goal, dtype=torch.bool)
-        gradients = 1
-        for _ in range(self.max_iterations):
-            norm = grad.norm(dim=-1)
-            active = (norm > goal) & ~stalled
-            if not bool(active.any()):
-                break
-            forcing = norm.sqrt().clamp(flat, _FORCING)
-            right = torch.where(active[:, None], -grad, 0.0)
-            solution = self.solver.solve(matvec, right, forcing)
-            slope = (solution.x * grad).sum(-1)
-            downhill = (slope < 0)[:, None]
-            step = torch.where(downhill, solution.x, right)
-            slope = torch.where(downhill[:, 0], slope, -(norm**2))
-            length = active.to(theta.dtype)
-            for _ in range(_HALVINGS):
-                trial = theta + length[:, None] * step
-                new_value, new_grad, new_matvec = curvature_at(energy, trial)
-                gradients += 1
-                # Close to the minimum the decrease drowns in rounding; a smaller gradient will do.
-                level = (new_value - value).abs() <= flat * (1 + value.abs())
-                good = level & (new_grad.norm(dim=-1) < norm)
-                good |= new_value <= value + _ARMIJO * length * slope
-                if bool((good | ~active).all()):
-                    break
-                length = torch.where(good, length, 0.5 * length)
-            failed = active & ~good
-            stalled |= failed
-            if bool(failed.any()):
-                trial = torch.where(failed[:, None], theta, trial)
-                new_value, new_grad, new_matvec = curvature_at(energy, trial)
-                gradients += 1
-            theta, value, grad, matvec = trial, new_value, new_grad, new_matvec
-            iterations += active
-            gradients += 2 * solution.products
-        norm = grad.norm(dim=-1)
-        return Minimum(theta, norm, norm <= goal, iterations, gradients)
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(0 <= b < 1 for b in self.betas) or self.eps <= 0:
+            raise ValueError(
+                f"betas must lie in [0, 1) and eps be positive, got {self.betas} and {self.eps}"
+            )
+
+    def begin(self, theta: Tensor) -> Memory:
+        """Averages of the gradient and of its square."""
+        return torch.zeros_like(theta), torch.zeros_like(theta)
+
+    def move(self, count: int, grad: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+        """See `FirstOrder.move`."""
+        (first, second), (a, b) = memory, self.betas
+        first = a * first + (1 - a) * grad
+        second = b * second + (1 - b) * grad**2
+        # eps² inside the root: its derivative at 0 must be finite for an unrolled run.
+        size = (second / (1 - b ** (count + 1)) + self.eps**2).sqrt()
+        step = -self.step_size * (first / (1 - a ** (count + 1))) / size
+        return step, (first, second)
 
 
-def gradient(energy: Energy, theta: Tensor) -> Tensor:
-    """∇E_i at θ_i, `[T, D]`, detached."""
-    with torch.enable_grad():
-        leaf = theta.detach().requires_grad_()
-        return torch.autograd.grad(energy(leaf).sum(), leaf)[0]
+def goal_norm(norm: Tensor, tolerance: float | None, dtype: torch.dtype) -> Tensor:
+    """The gradient norm `[T]` at which a task has converged, from that at the start."""
+    relative = default_tolerance(dtype) if tolerance is None else tolerance
+    floor = torch.finfo(dtype).eps
+    if 0 < relative < floor:
+        raise ValueError(
+            f"tolerance is {relative:g}, and {dtype} has a precision of {floor:g}: raise it, leave "
+            "it None, or use float64 data"
+        )
+    return relative * (1 + norm)
 
 
-def curvature_at(
-    energy: Energy, theta: Tensor
-) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
-    """Value `[T]`, gradient `[T, D]`, and the product v ↦ ∇²E_i v_i, all at a fixed θ.
-
-    One gradient graph is kept and traversed once per product.
-    """
-    with torch.enable_grad():
-        leaf = theta.detach().requires_grad_()
-        value = energy(leaf)
-        (grad,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
-
-    def matvec(v: Tensor) -> Tensor:
-        if not grad.requires_grad:  # a linear energy has no curvature
-            return torch.zeros_like(v)
-        out = torch.autograd.grad(grad, leaf, v, retain_graph=True, allow_unused=True)[0]
-        return torch.zeros_like(v) if out is None else out
-
-    return value.detach(), grad.detach(), matvec
-
-
-def _goal(grad: Tensor, tolerance: float | None) -> Tensor:
-    relative = default_tolerance(grad.dtype) if tolerance is None else tolerance
-    return relative * (1 + grad.norm(dim=-1))
+def check_budget(max_iterations: int, tolerance: float | None) -> None:
+    """Raise a ValueError unless these can be a cap and a tolerance."""
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
+    if tolerance is not None and not 0 <= tolerance < float("inf"):
+        raise ValueError(
+            f"tolerance must not be negative, got {tolerance}; 0 is exactly max_iterations, None "
+            "what the data type can reach"
+        )

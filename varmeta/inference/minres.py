@@ -65,6 +65,7 @@ class MINRES:
         # last reflection in Q; δ̄ and ε what that left in the next columns of R; φ̄ the residual.
         beta, cos, sin = torch.zeros_like(size), -torch.ones_like(size), torch.zeros_like(size)
         delta_bar, epsilon, phi_bar = beta, beta, size
+        largest, rounding = beta, 10 * torch.finfo(b.dtype).eps  # ‖A‖, to a factor of 2
         negative = torch.zeros_like(active)
         iterations = torch.zeros_like(size, dtype=torch.long)
         products = 0
@@ -72,7 +73,7 @@ class MINRES:
             if self.tolerance != 0 and not bool(active.any()):
                 break
             on = active[:, None]
-            y = matvec(v) - beta[:, None] * old_v
+            y, old_beta = matvec(v) - beta[:, None] * old_v, beta
             products += 1
             iterations += active
             alpha = (v * y).sum(-1)
@@ -81,9 +82,11 @@ class MINRES:
             delta = cos * delta_bar + sin * alpha
             gamma_bar = sin * delta_bar - cos * alpha
             negative |= active & (cos * gamma_bar >= 0)  # rᵀAr = −cos · γ̄ · φ̄²
-            gamma = torch.hypot(gamma_bar, beta)
-            singular = gamma == 0  # the Krylov space is used up: x is a least-squares solution
-            gamma = torch.where(singular, 1.0, gamma)
+            # ‖Ar‖ = φ̄ · ‖(γ̄, cos · β)‖. Where it is rounding beside ‖A‖‖r‖, A is singular, r lies in
+            # its null space and x is a least-squares solution: the step would divide by rounding.
+            largest = torch.maximum(largest, torch.maximum(old_beta, alpha.abs()) + beta)
+            singular = torch.hypot(gamma_bar, cos * beta) <= rounding * largest
+            gamma = torch.where(singular, 1.0, torch.hypot(gamma_bar, beta))
             w, old_w = (v - epsilon[:, None] * old_w - delta[:, None] * w) / gamma[:, None], w
             epsilon, delta_bar = sin * beta, -cos * beta
             cos, sin = gamma_bar / gamma, beta / gamma

@@ -22,7 +22,7 @@ from varmeta.inference.base import Batch, Meta, State, StepInfo, Strategy, check
 from varmeta.inference.fit import fit
 from varmeta.inference.joint import JointVariational
 from varmeta.inference.laplace import laplace_scale
-from varmeta.inference.minimise import NewtonCG
+from varmeta.inference.newton import NewtonCG
 from varmeta.models.capture import CapturedGradient
 from varmeta.models.density import Density
 from varmeta.models.hierarchy import hierarchy

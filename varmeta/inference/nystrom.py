@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,11 +56,12 @@ class Nystrom:
         rank: K, at least 1; more than D is taken as D.
         shift: ρ > 0, the multiple of the identity in A (a float), or its diagonal `[D]` or
             `[T, D]`; in units of A. No derivative is taken through it.
-        sketch: Ω, the same for all tasks: `"columns"` are K columns of H, as in Hataya & Yamada,
-            those of a smaller K among those of a larger one; `"gaussian"` are standard normal, as
-            in Frangella et al., and do better where single coordinates carry most of H.
-        seed: of the random choice (`seeds.generator`, drawn on the CPU): every solve with the same
-            D uses the same Ω.
+        sketch: Ω, the same for all tasks: `"columns"` takes K columns of H, as in Hataya &
+            Yamada; `"gaussian"` takes standard normal mixtures of them, as in Frangella et al.,
+            and does better where single coordinates carry most of H. The span for a smaller K lies
+            in that for a larger one.
+        seed: of the random choice, made by `seeds.generator`: every solve with the same D uses the
+            same Ω, on every device.
     """
 
     rank: int
@@ -100,7 +102,7 @@ class Nystrom:
         root = self._root(b)
         vectors, values, _ = self._eigen(matvec, b, root)
         values = torch.where(values < 0, 0.0, values)  # not clamp: a NaN is to stay
-        rest = values.amin(-1, keepdim=True)
+        rest = values[:, :1]  # the smallest: they ascend
         weights = (values - rest) / (1 + values)  # 1 − (1 + λ_min)/(1 + λ)
         return lambda v: _shrink(vectors, weights, v / root) / root, vectors.shape[-1]
 
@@ -118,10 +120,9 @@ class Nystrom:
     def _eigen(self, matvec: MatVec, b: Tensor, root: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """U `[T, D, K]` and Λ `[T, K]` of H_k in units of ρ^(-1/2), and uᵀHu < 0, `[T]` bool."""
         omega = self._omega(b)
-        ones = torch.ones_like(b)[..., None]
         image = columns(lambda v: matvec(v / root) / root, omega, b) - omega
         finite = image.isfinite().all(-1).all(-1)[:, None]
-        image = torch.where(finite[..., None], image, 0.0 * ones)  # or eigh fails for all tasks
+        image = torch.where(finite[..., None], image, 0.0)  # or eigh fails for all tasks
         core = omega.mT @ image
         core_values, core_vectors = torch.linalg.eigh(0.5 * (core + core.mT))
         # What is subtracted to get H from A, and each product, carries rounding of this size.
@@ -137,16 +138,16 @@ class Nystrom:
 
     def _omega(self, b: Tensor) -> Tensor:
         """Ω with orthonormal columns, `[D, K]`."""
-        dim, source = b.shape[1], generator(self.seed)
-        rank = min(self.rank, dim)
-        # Drawn on the CPU whatever the device, so that a GPU uses the same columns.
+        dim = b.shape[1]
+        # Drawn by NumPy on the CPU: a GPU uses the same columns, and a traced solve (`make_fx`)
+        # holds them as constants, where a draw by PyTorch would be repeated with other numbers.
+        source = np.random.default_rng(generator(self.seed).initial_seed())
         if self.sketch == "gaussian":
-            normal = torch.randn(dim, rank, generator=source, dtype=torch.float64)
-            omega = torch.linalg.qr(normal)[0]
+            normal = source.standard_normal((min(self.rank, dim), dim)).T
+            omega = np.linalg.qr(normal)[0]
         else:
-            chosen = torch.randperm(dim, generator=source)[:rank]
-            omega = torch.eye(dim, dtype=torch.float64)[:, chosen]
-        return omega.to(b)
+            omega = np.eye(dim)[:, source.permutation(dim)[: self.rank]]
+        return torch.from_numpy(omega).to(b)
 
 
 def _shrink(vectors: Tensor, weights: Tensor, v: Tensor) -> Tensor:

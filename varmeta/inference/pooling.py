@@ -10,7 +10,8 @@ from torch import Tensor
 from varmeta.inference.base import Batch, Meta, State, StepInfo, Strategy, check_finite
 from varmeta.inference.joint import JointVariational
 from varmeta.inference.laplace import laplace_scale
-from varmeta.inference.minimise import Minimiser, NewtonCG
+from varmeta.inference.minimise import Minimiser
+from varmeta.inference.newton import NewtonCG
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import Draws, TaskPosterior
@@ -110,7 +111,9 @@ class CompletePooling(Strategy):
             meta.raw["log_scale"].fill_(-torch.inf)  # tasks do not differ: Σ = 0
         loss = float(fit.sum() + rest) / len(batch.tasks)
         count = len(batch.tasks) * (minimum.gradients + 2 * len(origin))
-        every = {"grad_norm": minimum.grad_norm, "converged": minimum.converged}
+        every = {"grad_norm": minimum.grad_norm}
+        if minimum.converged is not None:
+            every["converged"] = minimum.converged
         stats = {name: value.expand(len(batch.tasks)) for name, value in every.items()}
         return StepInfo(loss, count, stats)
 

@@ -1,51 +1,84 @@
-"""prox: the one differentiable operation, θ_i* = argmin E_i(θ), with its implicit derivative.
+"""prox: the one differentiable operation, θ_i* = argmin E_i(θ), with a choice of derivative.
 
 At a stationary point ∇E(θ*, φ) = 0 the implicit function theorem gives, for everything φ that the
 energy depends on (θ0, scales, shared parameters), dθ*/dφ = −(∇²E)⁻¹ ∂∇E/∂φ. For
 E = f + ½(θ−θ0)ᵀΛ(θ−θ0) and φ = θ0 this is (H+Λ)⁻¹Λ (Rajeswaran, Finn, Kakade & Levine, 2019,
 Meta-Learning with Implicit Gradients, eq. 6; for one dimension and λ = 1 the 1/(1+f″) of Huszár,
 inference.vc, 2019). It needs products with the Hessian only, and no memory for the inner steps.
+
+Four adjoints: `Implicit` solves for this derivative, `OneStep` takes one step for the solve,
+`Unrolled` differentiates the minimiser's own steps, `Detached` has none.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from varmeta.inference.linear import CG, MatVec
-from varmeta.inference.minimise import Energy, Minimiser, Minimum, NewtonCG
+from varmeta.inference.energy import Energy, as_energy
+from varmeta.inference.linear import CG, LinearSolver, MatVec
+from varmeta.inference.minimise import FirstOrder, Minimiser, Minimum
+from varmeta.inference.newton import NewtonCG
 
 
 @dataclass(eq=False)
 class ProxInfo:
-    """How far the implicit gradient can be trusted, per task.
+    """How far the derivative can be trusted, per task.
 
     Attributes:
-        grad_norm: `[T]`, ‖∇E‖ at θ*, nats per unit; the derivative is as exact as this is small.
-        converged: `[T]` bool, the inner minimiser reached its tolerance.
+        grad_norm: `[T]`, ‖∇E‖ at θ*, nats per unit; an implicit derivative is as exact as this is
+            small.
+        converged: `[T]` bool, the inner minimiser reached its tolerance; None if it has none.
         iterations: `[T]` int, inner iterations.
-        residual: `[T]`, relative residual of the adjoint's linear solve; NaN before backward ran.
+        residual: `[T]`, relative residual of the adjoint's linear solve; None before backward ran,
+            and where nothing is solved.
         negative_curvature: `[T]` bool, the solve met a direction of negative curvature: θ* is no
             minimum; False before backward ran.
         gradients: gradient evaluations so far, a Hessian-vector product counted as two.
     """
 
     grad_norm: Tensor
-    converged: Tensor
+    converged: Tensor | None
     iterations: Tensor
-    residual: Tensor
+    residual: Tensor | None
     negative_curvature: Tensor
     gradients: int
 
+    def stats(self) -> dict[str, Tensor]:
+        """The diagnostics by name, `[T]` each, without those that were never computed."""
+        out = {
+            "grad_norm": self.grad_norm,
+            "iterations": self.iterations,
+            "negative_curvature": self.negative_curvature,
+        }
+        if self.converged is not None:
+            out["converged"] = self.converged
+        if self.residual is not None:
+            out["residual"] = self.residual
+        return out
+
+    @classmethod
+    def of(cls, minimum: Minimum) -> ProxInfo:
+        """Before any backward pass."""
+        return cls(
+            grad_norm=minimum.grad_norm,
+            converged=minimum.converged,
+            iterations=minimum.iterations,
+            residual=None,
+            negative_curvature=torch.zeros_like(minimum.grad_norm, dtype=torch.bool),
+            gradients=minimum.gradients,
+        )
+
 
 class Adjoint(Protocol):
-    """How θ* is differentiated: attach a derivative to a minimum that was found without one."""
+    """How θ* is differentiated."""
 
-    def attach(self, energy: Energy, minimum: Minimum, info: ProxInfo) -> Tensor:
-        """θ* `[T, D]` with the minimum's value and this adjoint's derivative."""
+    def solve(self, energy: Energy, start: Tensor, minimiser: Minimiser) -> tuple[Tensor, ProxInfo]:
+        """θ* `[T, D]` with this adjoint's derivative."""
         ...
 
 
@@ -54,29 +87,104 @@ class Implicit:
     """The implicit function theorem, one batched linear solve in the backward pass.
 
     Attributes:
-        solver: for (∇²E)x = v; the default runs to convergence, `CG(max_iterations=5)` is the
-            paper's budget.
+        solver: for (∇²E)x = v; the default runs to convergence, `CG(max_iterations=5, tolerance=0)`
+            is the paper's budget.
     """
 
-    solver: CG = field(default_factory=CG)
+    solver: LinearSolver = field(default_factory=CG)
 
-    def attach(self, energy: Energy, minimum: Minimum, info: ProxInfo) -> Tensor:
-        """See `Adjoint.attach`."""
-        leaf = minimum.theta.detach().requires_grad_()
-        (grad,) = torch.autograd.grad(energy(leaf).sum(), leaf, create_graph=True)
-        if not grad.requires_grad:
-            return minimum.theta
-        info.gradients += 1
+    def solve(self, energy: Energy, start: Tensor, minimiser: Minimiser) -> tuple[Tensor, ProxInfo]:
+        """See `Adjoint.solve`."""
+        minimum = minimiser.minimise(energy, start)
+        info = ProxInfo.of(minimum)
+        if not minimum.at.grad.requires_grad:
+            return minimum.theta, info
+        correction: Tensor = _ImplicitCorrection.apply(
+            minimum.at.grad, minimum.at.product, self.solver, info
+        )
+        return minimum.theta + correction, info
 
-        def matvec(v: Tensor) -> Tensor:
-            return torch.autograd.grad(grad, leaf, v, retain_graph=True)[0]
 
-        correction: Tensor = _ImplicitCorrection.apply(grad, matvec, self.solver, info)
-        return minimum.theta + correction
+@dataclass(frozen=True)
+class OneStep:
+    """One gradient step from θ*, differentiated: (∇²E)⁻¹ is taken to be step_size · I.
+
+    (Bolte, Pauwels & Vaiter, 2023, One-step differentiation of iterative algorithms.) Costs one
+    product and no solve; its relative error is at most ‖I − step_size ∇²E‖, which is small only
+    where the problem is well conditioned.
+
+    Attributes:
+        step_size: units of θ² per nat; the best is 2 over the sum of ∇²E's extreme eigenvalues.
+    """
+
+    step_size: float
+
+    def __post_init__(self) -> None:
+        if not self.step_size > 0:
+            raise ValueError(f"step_size must be positive, got {self.step_size}")
+
+    def solve(self, energy: Energy, start: Tensor, minimiser: Minimiser) -> tuple[Tensor, ProxInfo]:
+        """See `Adjoint.solve`."""
+        minimum = minimiser.minimise(energy, start)
+        grad = minimum.at.grad
+        return minimum.theta - self.step_size * (grad - grad.detach()), ProxInfo.of(minimum)
+
+
+@dataclass(frozen=True)
+class Unrolled:
+    """Differentiate the minimiser's own steps, through `start` as well: MAML's derivative.
+
+    Exact for the algorithm as run, converged or not. Memory grows with the number of steps: for a
+    model one θ `[T, D]` for each, for any other function its activations too.
+
+    Attributes:
+        checkpoint: keep only every so many-th step and compute the others again on the way back.
+        first_order: take the gradients as constants, so that the derivative in `start` is the
+            identity (FOMAML) and nothing is kept.
+    """
+
+    checkpoint: int | None = None
+    first_order: bool = False
+
+    def __post_init__(self) -> None:
+        if self.checkpoint is not None and self.checkpoint < 1:
+            raise ValueError(f"checkpoint must be at least 1, got {self.checkpoint}")
+
+    def solve(self, energy: Energy, start: Tensor, minimiser: Minimiser) -> tuple[Tensor, ProxInfo]:
+        """See `Adjoint.solve`.
+
+        Raises:
+            ValueError: a minimiser with a line search, whose steps have no derivative.
+        """
+        if not isinstance(minimiser, FirstOrder):
+            raise ValueError(
+                f"minimiser is {type(minimiser).__name__}, whose steps are chosen by a line search "
+                "and cannot be unrolled: use GradientDescent or Adam, or the adjoint Implicit"
+            )
+        theta, goal, iterations, gradients = minimiser.run(
+            energy, start, every=self.checkpoint, first_order=self.first_order
+        )
+        with torch.no_grad():
+            norm = energy.gradient(theta.detach()).detach().norm(dim=-1)
+        if not self.first_order:
+            gradients *= 3  # on the way back each step is one product and one gradient again
+        negative = torch.zeros_like(norm, dtype=torch.bool)
+        converged = None if minimiser.tolerance == 0 else norm <= goal
+        return theta, ProxInfo(norm, converged, iterations, None, negative, gradients + 1)
+
+
+@dataclass(frozen=True)
+class Detached:
+    """No derivative at all: for Reptile, and for losses whose derivative is known otherwise."""
+
+    def solve(self, energy: Energy, start: Tensor, minimiser: Minimiser) -> tuple[Tensor, ProxInfo]:
+        """See `Adjoint.solve`."""
+        minimum = minimiser.minimise(energy, start)
+        return minimum.theta, ProxInfo.of(minimum)
 
 
 def prox(
-    energy: Energy,
+    energy: Energy | Callable[[Tensor], Tensor],
     start: Tensor,
     *,
     minimiser: Minimiser | None = None,
@@ -89,8 +197,8 @@ def prox(
 
     Args:
         energy: `[T, D]` to `[T]` nats, row i depending on θ_i alone.
-        start: `[T, D]`, where the minimiser begins; the result does not depend on it except
-            through the minimum that is found.
+        start: `[T, D]`, where the minimiser begins. It has a derivative with `Unrolled` alone; else
+            the result does not depend on it except through the minimum that is found.
         minimiser: default `NewtonCG()`.
         adjoint: default `Implicit()`.
 
@@ -106,25 +214,19 @@ def prox(
         >>> theta.item(), torch.autograd.grad(theta.sum(), anchor)[0].item()  # 1/(1+2)
         (1.0, 0.3333333333333333)
     """
-    minimum = (minimiser or NewtonCG()).minimise(energy, start)
-    info = ProxInfo(
-        grad_norm=minimum.grad_norm,
-        converged=minimum.converged,
-        iterations=minimum.iterations,
-        residual=torch.full_like(minimum.grad_norm, float("nan")),
-        negative_curvature=torch.zeros_like(minimum.converged),
-        gradients=minimum.gradients,
-    )
+    energy, minimiser = as_energy(energy), minimiser or NewtonCG()
     if not torch.is_grad_enabled():
-        return minimum.theta, info
-    return (adjoint or Implicit()).attach(energy, minimum, info), info
+        adjoint = Detached()
+    return (adjoint or Implicit()).solve(energy, start, minimiser)
 
 
 class _ImplicitCorrection(torch.autograd.Function):
     """−(∇²E)⁻¹ ∇E(θ*): zero in value, since ∇E(θ*) = 0, but not in derivative."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, matvec: MatVec, solver: CG, info: ProxInfo) -> Tensor:
+    def forward(
+        ctx: Any, grad: Tensor, matvec: MatVec, solver: LinearSolver, info: ProxInfo
+    ) -> Tensor:
         ctx.matvec, ctx.solver, ctx.info = matvec, solver, info
         return torch.zeros_like(grad)
 
@@ -138,5 +240,5 @@ class _ImplicitCorrection(torch.autograd.Function):
         solution = ctx.solver.solve(ctx.matvec, v[0])
         ctx.info.residual = solution.residual
         ctx.info.negative_curvature = solution.negative_curvature
-        ctx.info.gradients += 2 * solution.products
+        ctx.info.gradients += 2 * solution.products + 2  # and the pullback
         return -solution.x, None, None, None

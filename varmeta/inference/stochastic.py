@@ -17,22 +17,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from varmeta.inference.base import (
-    Batch,
-    Meta,
-    State,
-    StepInfo,
-    Strategy,
-    decayed,
-    objective,
-    update,
-    with_query,
-)
+from varmeta.inference.base import Batch, State
 from varmeta.inference.laplace import MAX_DIM, hessian
+from varmeta.inference.metagradient import MetaGradient
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import Draws, TaskPosterior
-from varmeta.tasks import Tasks, TaskSource
+from varmeta.tasks import Tasks
 
 
 @dataclass(frozen=True)
@@ -167,7 +158,7 @@ class Langevin:
 
 
 @dataclass(frozen=True)
-class Stochastic(Strategy):
+class Stochastic(MetaGradient):
     """Learn the prior from the expected query loss of a random algorithm.
 
     Attributes:
@@ -175,28 +166,25 @@ class Stochastic(Strategy):
         estimator: `"pathwise"` (through the run; low variance while runs are short and the flow
             contracts, none at all to speak of once it expands) or `"score"` (needs a temperature
             above 0; its variance grows with the run length but not with the curvature).
-        steps: meta-steps.
-        learning_rate: of Adam on θ0, log scales and φ, in units of the user's prior; decays to 0
-            on a cosine.
         particles: runs per task and meta-step; at least 2 for the score function's baseline.
-        learn_scale: learn the prior's scales from the query loss. Needs a query part.
-        folds: as in `IMAML`: cross-validation for tasks without a query part.
         draws: particles per task when adapting.
+
+    The other attributes are those of `MetaGradient`; each part of a batch (`tasks_at_once`) draws
+    its own noise.
 
     Raises:
         ValueError: the score function without noise or without a second particle.
     """
 
+    steps: int = field(default=100, kw_only=True)
+    learning_rate: float = field(default=0.1, kw_only=True)
     algorithm: Langevin = field(default_factory=Langevin)
     estimator: Literal["pathwise", "score"] = "pathwise"
-    steps: int = 100
-    learning_rate: float = 0.1
     particles: int = 4
-    learn_scale: bool = True
-    folds: int | None = 5
     draws: int = 500
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.estimator not in ("pathwise", "score"):
             raise ValueError(f"estimator must be 'pathwise' or 'score', got {self.estimator!r}")
         if self.estimator == "score" and self.algorithm.temperature == 0:
@@ -214,26 +202,6 @@ class Stochastic(Strategy):
     def name(self) -> str:
         """`Stochastic`, with the estimator unless it is pathwise."""
         return "Stochastic" + (" (score)" if self.estimator == "score" else "")
-
-    @property
-    def num_steps(self) -> int:
-        """`steps`."""
-        return self.steps
-
-    def prepare(self, tasks: Tasks | TaskSource, seed: int) -> Tasks | TaskSource:
-        """Cross-validate tasks that have no query part."""
-        return with_query(tasks, self.folds, self.learn_scale, seed)
-
-    def init(
-        self,
-        density: Density,
-        prior: GaussianPrior,
-        tasks: Tasks | TaskSource,
-        generator: torch.Generator,
-    ) -> State:
-        """θ0, scales and φ at the user's prior."""
-        meta = Meta.start(density, prior, learn_scale=self.learn_scale)
-        return State(meta, {"meta": torch.optim.Adam(meta.leaves(), lr=self.learning_rate)})
 
     def losses(
         self,
@@ -264,27 +232,17 @@ class Stochastic(Strategy):
             g = g + (g.detach() - others) * log_prob
         return g.mean(0), g.detach().std(0, correction=0)
 
-    def step(
+    def task_losses(
         self, density: Density, state: State, batch: Batch, generator: torch.Generator
-    ) -> StepInfo:
-        """One step along an unbiased meta-gradient."""
+    ) -> tuple[Tensor, _Runs]:
+        """See `losses`."""
         prior, shared = state.meta.prior, state.meta.shared
         losses, spread = self.losses(density, prior, shared, batch.tasks, generator)
-        total = objective(losses, state.meta, batch, state.step)
-        leaves = state.meta.leaves()
-        grads = torch.autograd.grad(total, leaves)
-        update(
-            state.optimisers["meta"],
-            leaves,
-            grads,
-            decayed(self.learning_rate, state.step, self.steps),
-        )
         # A run costs one gradient a step, and its derivative two more (a second-order product).
         per_task = self.particles * (3 * self.algorithm.run_length + 1)
         if self.algorithm.step_size is None:
             per_task += 2 * density.dim
-        stats = {"query_loss_sd": spread}
-        return StepInfo(float(total.detach()), len(batch.tasks) * per_task, stats)
+        return losses, _Runs(per_task, spread)
 
     def adapt(
         self, density: Density, state: State, tasks: Tasks, generator: torch.Generator
@@ -293,6 +251,17 @@ class Stochastic(Strategy):
         prior, shared = state.meta.fixed()
         ends, _ = self.algorithm.run(density, prior, shared, tasks, self.draws, generator)
         return Draws(density, tasks.names, shared, ends)
+
+
+@dataclass(frozen=True, eq=False)
+class _Runs:
+    """`metagradient.Report` of some runs: the particles' standard deviation of g_i, `[T]` nats."""
+
+    gradients: int
+    spread: Tensor
+
+    def stats(self) -> dict[str, Tensor]:
+        return {"query_loss_sd": self.spread}
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from varmeta.models.capture import Captured
+from varmeta.models.programs import EnergyFunction, Programs
 from varmeta.models.sites import Model, pyro_untouched, read_sites, reason, run, validation_off
 from varmeta.seeds import generator, global_rng
 from varmeta.tasks import Tasks, TaskSource
@@ -72,6 +74,8 @@ class Density:
         self.sites = tuple(s for s in sites if s.role == "adapted")
         self.shared_sites = tuple(s for s in sites if s.role != "adapted")
         self._batched: dict[tuple[int, bool], Captured] = {}
+        self._programs: dict[str, Programs] = {}
+        self._compiled = False
         self._check(tasks)
 
     # -- what there is ----------------------------------------------------------------------------
@@ -218,6 +222,42 @@ class Density:
                 for name in self.observed
             }
 
+    # -- running ----------------------------------------------------------------------------------
+
+    def rows(self, theta: Tensor, shared: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+        """log p(y_n | θ_i, φ), nats, from bare tensors, padding included; nothing is checked.
+
+        `[T, D]`, `[P]`, `[T, N, ...]`, `[T, N, ...]` to `[T, N]`.
+        """
+        out: Tensor = _nested_vmap(self._pointwise, 0, False)(theta, shared, inputs, targets)
+        return out
+
+    def programs(self, name: str, build: Callable[[Density], EnergyFunction]) -> Programs:
+        """The derivatives of an energy built on this density, recorded once for all its users."""
+        if name not in self._programs:
+            self._programs[name] = Programs(build(self), name, compiled=self._compiled)
+        return self._programs[name]
+
+    def compiled(self) -> Density:
+        """The same density with its derivatives compiled by inductor.
+
+        The first call of each derivative (four of them, once for each shape of a batch) takes
+        several seconds, later ones a fraction: worth it for runs of minutes. The results differ
+        from the uncompiled ones by rounding. Where compiling fails, or gives another result, the
+        derivative is run as it was written, with a warning; `execution` says which.
+        """
+        other = copy.copy(self)
+        other._programs, other._compiled = {}, True
+        return other
+
+    def execution(self) -> dict[str, str]:
+        """How each derivative is run: `"recorded"`, `"compiled"`, or as written and why."""
+        return {
+            f"{name}: {derivative}": how
+            for name, programs in self._programs.items()
+            for derivative, how in programs.report.items()
+        }
+
     # -- private ----------------------------------------------------------------------------------
 
     def _pointwise(self, theta: Tensor, shared: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -259,13 +299,12 @@ class Density:
         sites = self.sites if which == "adapted" else self.shared_sites
         return torch.split(flat, [site.size for site in sites], dim=-1) if sites else ()
 
-    def _check_shapes(self, theta: Tensor, tasks: Tasks, shared: Tensor) -> None:
-        if theta.dim() < 2 or tuple(theta.shape[-2:]) != (len(tasks), self.dim):
-            raise ValueError(
-                f"theta has shape {tuple(theta.shape)}, wanted [..., {len(tasks)}, {self.dim}]: "
-                "the last two dimensions are tasks and coordinates"
-            )
-        wanted = (self.shared_dim,) if shared.dim() == 1 else (*theta.shape[:-1], self.shared_dim)
+    def check_data(self, tasks: Tasks, shared: Tensor, lead: Sequence[int] = ()) -> None:
+        """Raise a ValueError unless tasks and φ fit this density and each other.
+
+        `lead` is the shape of θ without its last dimension, where φ differs between draws.
+        """
+        wanted = (self.shared_dim,) if shared.dim() == 1 else (*lead, self.shared_dim)
         if tuple(shared.shape) != wanted:
             raise ValueError(f"shared has shape {tuple(shared.shape)}, wanted {wanted}")
         got = (tuple(tasks.inputs.shape[2:]), tuple(tasks.targets.shape[2:]))
@@ -274,6 +313,24 @@ class Density:
                 f"tasks has rows of x and y of shapes {got}, the density was built for "
                 f"{(tuple(self.input_shape), tuple(self.target_shape))}"
             )
+        if tasks.inputs.device != shared.device:
+            raise ValueError(
+                f"tasks is on {tasks.inputs.device}, the density on {shared.device}; move the "
+                "tasks with tasks.to(device) and build the density from them"
+            )
+        if tasks.inputs.is_floating_point() and tasks.inputs.dtype != shared.dtype:
+            raise ValueError(
+                f"tasks holds {tasks.inputs.dtype}, the density {shared.dtype}; build it from "
+                "tasks of the same data type"
+            )
+
+    def _check_shapes(self, theta: Tensor, tasks: Tasks, shared: Tensor) -> None:
+        if theta.dim() < 2 or tuple(theta.shape[-2:]) != (len(tasks), self.dim):
+            raise ValueError(
+                f"theta has shape {tuple(theta.shape)}, wanted [..., {len(tasks)}, {self.dim}]: "
+                "the last two dimensions are tasks and coordinates"
+            )
+        self.check_data(tasks, shared, theta.shape[:-1])
 
     def _check(self, tasks: Tasks) -> None:
         """Try the model on a batch: it must run, keep rows apart, and listen to every site."""

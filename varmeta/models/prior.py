@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -155,6 +156,16 @@ class GaussianPrior:
         belief = Hyperprior(loc, width, log_scale.exp()) if hyperprior else None
         return cls(loc, log_scale, groups, factor, belief)
 
+    def moved(self, loc: Tensor, log_scale: Tensor, factor: Tensor | None) -> GaussianPrior:
+        """The same groups and hyperprior around other values of the same shapes.
+
+        Nothing is checked, so that nothing waits for a device.
+        """
+        other = copy.copy(self)
+        for name, value in (("loc", loc), ("log_scale", log_scale), ("factor", factor)):
+            object.__setattr__(other, name, value)
+        return other
+
     @property
     def dim(self) -> int:
         """D, the number of coordinates."""
@@ -167,13 +178,7 @@ class GaussianPrior:
 
     def precision_mv(self, v: Tensor) -> Tensor:
         """Λv for v of shape `[..., D]`; Woodbury where there is a low-rank part."""
-        inverse = self.scale**-2
-        out = v * inverse
-        if self.factor is not None:
-            right = (out @ self.factor)[..., None]
-            inner = torch.cholesky_solve(right, self._capacitance())[..., 0]
-            out = out - (inner @ self.factor.T) * inverse
-        return out
+        return precision_mv(v, self.scale, self.factor)
 
     def precision(self) -> Tensor:
         """Λ as a `[D, D]` matrix, for small D."""
@@ -181,8 +186,7 @@ class GaussianPrior:
 
     def penalty(self, theta: Tensor) -> Tensor:
         """½(θ−θ0)ᵀΛ(θ−θ0), nats: `[..., D]` to `[...]`."""
-        offset = theta - self.loc
-        return 0.5 * (offset * self.precision_mv(offset)).sum(-1)
+        return penalty(theta, self.loc, self.scale, self.factor)
 
     def log_det(self) -> Tensor:
         """Scalar, log det Σ."""
@@ -222,8 +226,29 @@ class GaussianPrior:
         return self.hyperprior.log_prob(self.loc, self.log_scale.exp())
 
     def _capacitance(self) -> Tensor:
-        """Cholesky factor of I + FᵀS⁻²F, `[R, R]`."""
         assert self.factor is not None
-        weighted = self.factor / self.scale[:, None]
-        eye = torch.eye(weighted.shape[1], dtype=weighted.dtype, device=weighted.device)
-        return torch.linalg.cholesky(eye + weighted.T @ weighted)
+        return _capacitance(self.scale, self.factor)
+
+
+def penalty(theta: Tensor, loc: Tensor, scale: Tensor, factor: Tensor | None = None) -> Tensor:
+    """½(θ−θ0)ᵀΛ(θ−θ0), nats, from bare tensors: `[..., D]` to `[...]`."""
+    offset = theta - loc
+    return 0.5 * (offset * precision_mv(offset, scale, factor)).sum(-1)
+
+
+def precision_mv(v: Tensor, scale: Tensor, factor: Tensor | None = None) -> Tensor:
+    """Λv for v of shape `[..., D]`; Woodbury where there is a low-rank part."""
+    inverse = scale**-2
+    out = v * inverse
+    if factor is not None:
+        right = (out @ factor)[..., None]
+        inner = torch.cholesky_solve(right, _capacitance(scale, factor))[..., 0]
+        out = out - (inner @ factor.T) * inverse
+    return out
+
+
+def _capacitance(scale: Tensor, factor: Tensor) -> Tensor:
+    """Cholesky factor of I + FᵀS⁻²F, `[R, R]`."""
+    weighted = factor / scale[:, None]
+    eye = torch.eye(weighted.shape[1], dtype=weighted.dtype, device=weighted.device)
+    return torch.linalg.cholesky(eye + weighted.T @ weighted)

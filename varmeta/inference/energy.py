@@ -1,0 +1,174 @@
+"""Energies: what inner minimisers and adjoints see of a task, E_i(θ) and its derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from varmeta.models.density import Density
+from varmeta.models.prior import GaussianPrior, penalty
+from varmeta.models.programs import Linearised, Programs, second
+from varmeta.tasks import Tasks
+
+
+class Energy(Protocol):
+    """E_i(θ_i) for T tasks, row i depending on θ_i alone; more tensors may stand behind it."""
+
+    def __call__(self, theta: Tensor) -> Tensor:
+        """`[T, D]` to `[T]` nats, differentiable as often as the model is."""
+        ...
+
+    def gradient(self, theta: Tensor) -> Tensor:
+        """∇E `[T, D]`, differentiable once in θ and in whatever E depends on."""
+        ...
+
+    def linearise(self, theta: Tensor) -> Linearised:
+        """E, ∇E and the product with ∇²E at a fixed θ; ∇E differentiable in what else E has."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class FunctionEnergy:
+    """An energy from any function `[T, D]` to `[T]`, by autograd."""
+
+    function: Callable[[Tensor], Tensor]
+
+    def __call__(self, theta: Tensor) -> Tensor:
+        """See `Energy`."""
+        return self.function(theta)
+
+    def gradient(self, theta: Tensor) -> Tensor:
+        """See `Energy`."""
+        keep = torch.is_grad_enabled()
+        with torch.enable_grad():
+            leaf = theta if keep and theta.requires_grad else theta.detach().requires_grad_()
+            return torch.autograd.grad(self(leaf).sum(), leaf, create_graph=keep)[0]
+
+    def linearise(self, theta: Tensor) -> Linearised:
+        """See `Energy`."""
+        with torch.enable_grad():
+            leaf = theta.detach().requires_grad_()
+            value = self(leaf)
+            (grad,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
+        return Linearised(value.detach(), grad, lambda v: second(grad, leaf, v))
+
+
+@dataclass(frozen=True, eq=False)
+class TaskEnergy:
+    """E_i(θ) = f_i(θ) + ½(θ−θ0)ᵀΛ(θ−θ0), nats; f_i alone without a prior.
+
+    Its derivatives are programs (`varmeta.models.programs`), shared by all energies of one density.
+
+    Attributes:
+        density: the model; f_i is the sum over the rows of `tasks`.
+        tasks: T tasks.
+        shared: φ `[P]`.
+        prior: N(θ0, Σ), or None.
+    """
+
+    density: Density
+    tasks: Tasks
+    shared: Tensor
+    prior: GaussianPrior | None = None
+
+    def __call__(self, theta: Tensor) -> Tensor:
+        """`[..., T, D]` to `[..., T]` nats, differentiable as often as the model is."""
+        loss = self.density.negative_log_likelihood(theta, self.tasks, self.shared)
+        return loss if self.prior is None else loss + self.prior.penalty(theta)
+
+    def __post_init__(self) -> None:
+        self.density.check_data(self.tasks, self.shared)
+
+    def gradient(self, theta: Tensor) -> Tensor:
+        """See `Energy`."""
+        _, grad = self._programs.gradient(theta, self._parameters)
+        if not torch.is_grad_enabled():
+            return grad
+        out: Tensor = _Gradient.apply(self._programs, grad, theta, *self._parameters)
+        return out
+
+    def linearise(self, theta: Tensor) -> Linearised:
+        """See `Energy`."""
+        theta = theta.detach()
+        at = self._programs.linearise(theta, self._parameters)
+        with torch.enable_grad():
+            grad: Tensor = _Gradient.apply(self._programs, at.grad, theta, *self._parameters)
+        return Linearised(at.value, grad, at.product)
+
+    def loss(self, theta: Tensor) -> Tensor:
+        """E `[T]` and its first derivative in θ, prior and φ, all from one program."""
+        out: Tensor = _Loss.apply(self._programs, theta, *self._parameters)
+        return out
+
+    @property
+    def _parameters(self) -> list[Tensor]:
+        tasks, prior = self.tasks, self.prior
+        out = [self.shared, tasks.inputs, tasks.targets, tasks.mask]
+        if prior is not None:
+            out += [prior.loc, prior.log_scale, prior.groups]
+            out += [prior.factor] if prior.factor is not None else []
+        return out
+
+    @property
+    def _programs(self) -> Programs:
+        return self.density.programs("likelihood" if self.prior is None else "energy", _energy)
+
+
+def as_energy(function: Energy | Callable[[Tensor], Tensor]) -> Energy:
+    """An energy as it is, a plain function as an energy."""
+    known = hasattr(function, "linearise") and hasattr(function, "gradient")
+    return function if known else FunctionEnergy(function)  # type: ignore[return-value]
+
+
+def _energy(density: Density) -> Callable[..., Tensor]:
+    def energy(
+        theta: Tensor, shared: Tensor, inputs: Tensor, targets: Tensor, mask: Tensor, *prior: Tensor
+    ) -> Tensor:
+        rows = density.rows(theta, shared, inputs, targets)
+        loss = -torch.where(mask, rows, 0.0).sum(-1)
+        if prior:
+            loc, log_scale, groups, *factor = prior
+            loss = loss + penalty(theta, loc, log_scale.exp()[groups], *factor)
+        return loss
+
+    return energy
+
+
+class _Gradient(torch.autograd.Function):
+    """Attaches to ∇E(θ; p), already computed, its derivative in θ and p."""
+
+    @staticmethod
+    def forward(ctx: Any, programs: Programs, grad: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.programs = programs
+        ctx.save_for_backward(*tensors)
+        return grad.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *v: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad[2:]
+        return None, None, *ctx.programs.pullback(v[0], ctx.saved_tensors, wanted)
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, programs: Programs, theta: Tensor, *parameters: Tensor) -> Tensor:
+        value, grad = programs.gradient(theta, parameters)
+        ctx.programs = programs
+        ctx.save_for_backward(grad, theta, *parameters)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *seed: Tensor) -> tuple[Tensor | None, ...]:
+        grad, *tensors = ctx.saved_tensors
+        wanted = [False, *ctx.needs_input_grad[2:]]
+        grads: list[Tensor | None] = [None] * len(tensors)
+        if any(wanted):
+            _, grads = ctx.programs.first(seed[0], tensors, wanted)
+        return None, seed[0][:, None] * grad, *grads[1:]

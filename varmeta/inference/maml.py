@@ -1,0 +1,214 @@
+"""Gradient-based baselines: adapt by a few steps from θ0, differentiated as they are.
+
+MAML (Finn, Abbeel & Levine, 2017) minimises Σ_i g_i(θ_i^K), θ_i^K reached from θ0 by K gradient
+steps on f_i, and differentiates through the steps. FOMAML takes the inner gradients as constants,
+so that d θ_i^K/d θ0 = I. Meta-SGD (Li, Zhou, Chen & Li, 2017) learns a step size per coordinate
+beside θ0. Reptile (Nichol, Achiam & Schulman, 2018) moves θ0 towards θ_i^K and needs no query part.
+
+f_i is a sum over rows: where a paper averages, its step size is to be divided by their number.
+ANIL (Raghu, Raghu, Bengio & Vinyals, 2020) is any of these on a model that adapts only some of its
+sites: `Density(model, tasks, shared=[...])` names the others, which are then learned across tasks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from varmeta.inference.base import Batch, State, decayed, update
+from varmeta.inference.energy import TaskEnergy
+from varmeta.inference.metagradient import MetaGradient
+from varmeta.inference.minimise import FirstOrder, GradientDescent
+from varmeta.inference.prox import Detached, ProxInfo, Unrolled, prox
+from varmeta.models.density import Density
+from varmeta.models.prior import GaussianPrior
+from varmeta.posterior import Delta, TaskPosterior
+from varmeta.tasks import Tasks, TaskSource
+
+
+def _few_steps() -> FirstOrder:
+    return GradientDescent(step_size=0.001, max_iterations=5, tolerance=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAML(MetaGradient):
+    """MAML: a few unrolled gradient steps from θ0.
+
+    Attributes:
+        minimiser: the steps; their size is in units of θ² per nat and wants tuning to the model.
+        with_prior: take the steps on f_i + ½(θ−θ0)ᵀΛ(θ−θ0) instead of f_i alone; the scales can
+            be learned then.
+        checkpoint: keep only every so many-th step for the way back (`Unrolled`).
+        learn_scale: learn the scales of the prior; only with `with_prior`.
+
+    The other attributes are those of `MetaGradient`.
+
+    Raises:
+        ValueError: learn_scale without with_prior.
+    """
+
+    learn_scale: bool = False
+    minimiser: FirstOrder = field(default_factory=_few_steps)
+    with_prior: bool = False
+    checkpoint: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.learn_scale and not self.with_prior:
+            raise ValueError(
+                "learn_scale=True needs with_prior=True: without the prior in the inner steps the "
+                "loss does not depend on its scales"
+            )
+
+    @property
+    def adjoint(self) -> Unrolled:
+        """How the steps are differentiated."""
+        return Unrolled(checkpoint=self.checkpoint)
+
+    def steps_of(self, state: State) -> FirstOrder:
+        """The inner minimiser as it stands."""
+        return self.minimiser
+
+    def losses(
+        self,
+        density: Density,
+        prior: GaussianPrior,
+        shared: Tensor,
+        tasks: Tasks,
+        minimiser: FirstOrder | None = None,
+    ) -> tuple[Tensor, ProxInfo]:
+        """g_i(θ_i^K) per task, nats: `[T]`, differentiable in the prior and φ; and how it went."""
+        theta, info = prox(
+            TaskEnergy(density, tasks.support, shared, prior if self.with_prior else None),
+            prior.loc.expand(len(tasks), -1),
+            minimiser=minimiser or self.minimiser,
+            adjoint=self.adjoint,
+        )
+        return TaskEnergy(density, tasks.query, shared).loss(theta), info
+
+    def task_losses(
+        self, density: Density, state: State, batch: Batch, generator: torch.Generator
+    ) -> tuple[Tensor, ProxInfo]:
+        """See `losses`."""
+        meta, minimiser = state.meta, self.steps_of(state)
+        return self.losses(density, meta.prior, meta.shared, batch.tasks, minimiser)
+
+    def adapt(
+        self, density: Density, state: State, tasks: Tasks, generator: torch.Generator
+    ) -> TaskPosterior:
+        """θ_i^K as a point: the same steps as in training, on all rows."""
+        prior, shared = state.meta.fixed()
+        energy = TaskEnergy(density, tasks, shared, prior if self.with_prior else None)
+        start = prior.loc.expand(len(tasks), -1)
+        with torch.no_grad():
+            theta, info = prox(energy, start, minimiser=self.steps_of(state))
+        return Delta(density, tasks.names, shared, theta, stats=info.stats())
+
+
+@dataclass(frozen=True, kw_only=True)
+class FOMAML(MAML):
+    """First-order MAML: the derivative of the inner steps is taken to be the identity."""
+
+    @property
+    def adjoint(self) -> Unrolled:
+        """How the steps are differentiated: not at all."""
+        return Unrolled(first_order=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetaSGD(MAML):
+    """Meta-SGD: MAML that learns a step size for each coordinate.
+
+    They start at the minimiser's and are learned as logarithms: positive, where the paper lets them
+    change sign.
+    """
+
+    def init(
+        self,
+        density: Density,
+        prior: GaussianPrior,
+        tasks: Tasks | TaskSource,
+        generator: torch.Generator,
+    ) -> State:
+        """θ0, φ and the log step sizes."""
+        state = super().init(density, prior, tasks, generator)
+        state.meta.raw["log_step"] = torch.zeros_like(prior.loc).requires_grad_()
+        leaves = state.meta.leaves()
+        state.optimisers["meta"] = torch.optim.Adam(leaves, lr=self.learning_rate)
+        return state
+
+    def steps_of(self, state: State) -> FirstOrder:
+        """The inner minimiser with the step sizes `[D]` as they stand."""
+        sizes = self.minimiser.step_size * state.meta.raw["log_step"].exp()
+        return replace(self.minimiser, step_size=sizes)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reptile(MAML):
+    """Reptile: θ0 ← θ0 + ε · mean_i(θ_i^K − θ0), with ε falling to 0 on a cosine.
+
+    The gradient of mean_i ½‖θ0 − θ_i^K‖² with θ_i^K held fixed, in units of the user's prior, less
+    that prior's own pull; with the prior in the inner problem and run to convergence, that of the
+    Moreau envelope (Dinh, Tran & Nguyen, 2020, pFedMe). φ follows mean_i f_i(θ_i^K). The scales
+    are not learned, and a query part counts as more support.
+
+    Attributes:
+        learning_rate: ε.
+        shared_learning_rate: of Adam on φ.
+    """
+
+    learning_rate: float = 0.5
+    shared_learning_rate: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.learn_scale:
+            raise ValueError("learn_scale must be False: Reptile has no loss that sees the scales")
+
+    def prepare(self, tasks: Tasks | TaskSource, seed: int) -> Tasks | TaskSource:
+        """All rows of each task as they are."""
+        return tasks
+
+    def init(
+        self,
+        density: Density,
+        prior: GaussianPrior,
+        tasks: Tasks | TaskSource,
+        generator: torch.Generator,
+    ) -> State:
+        """θ0 and φ at the user's prior."""
+        state = super().init(density, prior, tasks, generator)
+        raw = state.meta.raw
+        state.optimisers["meta"] = torch.optim.SGD([raw["loc"]], lr=self.learning_rate)
+        if density.shared_dim:
+            state.optimisers["shared"] = torch.optim.Adam(
+                [raw["shared"]], lr=self.shared_learning_rate
+            )
+        return state
+
+    def task_losses(
+        self, density: Density, state: State, batch: Batch, generator: torch.Generator
+    ) -> tuple[Tensor, ProxInfo]:
+        """½‖(θ0 − θ_i^K)/s‖² + f_i(θ_i^K) per task, s the scales of the user's prior."""
+        tasks, prior, shared = batch.tasks.unsplit, state.meta.prior, state.meta.shared
+        theta, info = prox(
+            TaskEnergy(density, tasks, shared, prior if self.with_prior else None),
+            prior.loc.detach().expand(len(tasks), -1),
+            minimiser=self.minimiser,
+            adjoint=Detached(),
+        )
+        distance = (prior.loc - theta.detach()) / state.meta.origin.scale
+        loss = TaskEnergy(density, tasks, shared).loss(theta.detach())
+        return 0.5 * distance.square().sum(-1) + loss, info
+
+    def apply(self, state: State, leaves: list[Tensor], grads: list[Tensor]) -> None:
+        """One step of each optimiser on what is its own."""
+        names = [n for n, t in state.meta.raw.items() if t.requires_grad]
+        for name, grad in zip(names, grads, strict=True):
+            optimiser, rate = ("meta", self.learning_rate)
+            if name == "shared":
+                optimiser, rate = ("shared", self.shared_learning_rate)
+            rate = decayed(rate, state.step, self.steps)
+            update(state.optimisers[optimiser], [state.meta.raw[name]], [grad], rate)

@@ -1,0 +1,150 @@
+"""Strategies that learn the prior by gradients of query losses: what they have in common."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from varmeta.inference.base import (
+    Batch,
+    Meta,
+    NonFiniteLoss,
+    State,
+    StepInfo,
+    Strategy,
+    check_finite,
+    decayed,
+    non_finite_gradient,
+    update,
+    with_query,
+)
+from varmeta.models.density import Density
+from varmeta.models.prior import GaussianPrior
+from varmeta.tasks import Tasks, TaskSource
+
+
+class Report(Protocol):
+    """What the adaptation of some tasks says of itself, complete once backward has run."""
+
+    @property
+    def gradients(self) -> int:
+        """Gradient evaluations of each task's loss, a Hessian-vector product counted as two."""
+        ...
+
+    def stats(self) -> dict[str, Tensor]:
+        """Diagnostics per task, `[B]` each."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetaGradient(Strategy):
+    """Learn θ0, the scales and φ along the gradient of Σ_i g_i(θ_i), θ_i adapted to f_i.
+
+    Attributes:
+        steps: meta-steps.
+        learning_rate: of Adam on θ0, log scales and φ, in units of the user's prior; decays to 0
+            on a cosine.
+        learn_scale: learn the prior's scales from the query loss. Needs a query part.
+        folds: training tasks without a query part are cross-validated: each of this many folds of
+            a task's rows is the query part once. None: f and g are both all rows, which is only
+            sensible with fixed scales.
+        tasks_at_once: adapt so many tasks of a batch together, to bound the memory of a step; the
+            gradient is the same. None for all of them.
+    """
+
+    steps: int = 200
+    learning_rate: float = 0.05
+    learn_scale: bool = True
+    folds: int | None = 5
+    tasks_at_once: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "learning_rate", "tasks_at_once"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+
+    @property
+    def num_steps(self) -> int:
+        """`steps`."""
+        return self.steps
+
+    def prepare(self, tasks: Tasks | TaskSource, seed: int) -> Tasks | TaskSource:
+        """Cross-validate tasks that have no query part."""
+        return with_query(tasks, self.folds, self.learn_scale, seed)
+
+    def init(
+        self,
+        density: Density,
+        prior: GaussianPrior,
+        tasks: Tasks | TaskSource,
+        generator: torch.Generator,
+    ) -> State:
+        """θ0, scales and φ at the user's prior."""
+        meta = Meta.start(density, prior, learn_scale=self.learn_scale)
+        return State(meta, {"meta": torch.optim.Adam(meta.leaves(), lr=self.learning_rate)})
+
+    @abstractmethod
+    def task_losses(
+        self, density: Density, state: State, batch: Batch, generator: torch.Generator
+    ) -> tuple[Tensor, Report]:
+        """g_i per task, nats, `[B]`, differentiable in what `state.meta` holds."""
+
+    def step(
+        self, density: Density, state: State, batch: Batch, generator: torch.Generator
+    ) -> StepInfo:
+        """One meta-gradient step."""
+        leaves = state.meta.leaves()
+        before = state.meta.log_prior() / -batch.total
+        grads = list(_grad(before, leaves))
+        parts, count = batch.split(self.tasks_at_once), len(batch.tasks)
+        all_losses, reports = [], []
+        for part in parts:
+            losses, report = self.task_losses(density, state, part, generator)
+            for grad, more in zip(grads, _grad(losses.sum() / count, leaves), strict=True):
+                grad += more
+            all_losses.append(losses.detach())
+            reports.append(report)
+        losses = torch.cat(all_losses)
+        each = [report.stats() for report in reports]
+        stats = {name: torch.cat([s[name] for s in each]) for name in each[0]}
+        loss, finite, worst = _read(losses, before.detach(), grads, stats)
+        if not finite:
+            check_finite(losses, batch.tasks, state.step)
+            raise NonFiniteLoss(non_finite_gradient(state.step))
+        self.apply(state, leaves, grads)
+        spent = sum(len(p.tasks) * r.gradients for p, r in zip(parts, reports, strict=True))
+        return StepInfo(loss, spent, stats, worst)
+
+    def apply(self, state: State, leaves: list[Tensor], grads: list[Tensor]) -> None:
+        """Move what is learned along its gradient."""
+        rate = decayed(self.learning_rate, state.step, self.steps)
+        update(state.optimisers["meta"], leaves, grads, rate)
+
+
+def _grad(total: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    """d total / d leaves; 0 where there is no way to one (fixed scales without a prior)."""
+    if not total.requires_grad:
+        return tuple(torch.zeros_like(t) for t in leaves)
+    grads = torch.autograd.grad(total, leaves, allow_unused=True)
+    return tuple(
+        torch.zeros_like(t) if g is None else g for g, t in zip(grads, leaves, strict=True)
+    )
+
+
+def _read(
+    losses: Tensor, before: Tensor, grads: list[Tensor], stats: dict[str, Tensor]
+) -> tuple[float, bool, dict[str, float]]:
+    """Objective, whether all is finite, and the largest of each diagnostic.
+
+    All in one reading, the only time that a step waits for its device.
+    """
+    floats = {name: s for name, s in stats.items() if s.is_floating_point()}
+    finite = torch.stack([losses.isfinite().all(), *(g.isfinite().all() for g in grads)]).all()
+    wanted = [losses.mean() + before, finite, *(s.max() for s in floats.values())]
+    loss, ok, *worst = torch.stack([w.to(losses.dtype) for w in wanted]).tolist()
+    return loss, ok == 1, dict(zip(floats, worst, strict=True))

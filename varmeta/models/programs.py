@@ -1,0 +1,296 @@
+"""Programs: a task energy's derivatives as recorded tensor programs, without Pyro in them.
+
+An energy E(θ; p) maps `[T, D]` and further tensors p to `[T]` nats, row i depending on θ_i alone.
+Four derivatives serve every minimiser, solver and adjoint:
+
+- `gradient`: ∇E, and `first`, any first derivatives of a weighted sum over tasks;
+- `linearise`: ∇E and the product v ↦ ∇²E v at a fixed θ, so that what depends on θ alone is
+  computed once for all products;
+- `pullback`: x ↦ xᵀ ∂∇E/∂(θ, p): what is left to do after the solve of an implicit derivative,
+  and one step back through an unrolled one.
+
+Each is first run as it stands; after some calls with the same shapes its tensor operations are
+recorded (`torch.fx`) and replayed, on request compiled by inductor. A recording is used only where
+it gives what the function gives, here and close by; what was chosen, and why, is in `report`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varmeta.models.capture import CALLS_BEFORE_CAPTURE, KEPT_SHAPES, Unrecordable, agree, trace
+
+EnergyFunction = Callable[..., Tensor]
+Product = Callable[[Tensor], Tensor]
+Grads = list[Tensor | None]
+_log = logging.getLogger("varmeta")
+
+
+@dataclass(frozen=True, eq=False)
+class Linearised:
+    """An energy at a fixed θ, to first and second order.
+
+    Attributes:
+        value: `[T]` nats.
+        grad: `[T, D]`, differentiable in what the energy depends on beside θ.
+        product: v ↦ ∇²E v, both `[T, D]`.
+    """
+
+    value: Tensor
+    grad: Tensor
+    product: Product
+
+
+@dataclass(eq=False)
+class Programs:
+    """The derivatives of one energy function.
+
+    Args:
+        function: `function(theta, *parameters)` to `[T]` nats; pure, no random numbers.
+        name: for the report.
+        compiled: compile each recording with inductor, at its first call (seconds each).
+    """
+
+    function: EnergyFunction
+    name: str
+    compiled: bool = False
+    report: dict[str, str] = field(default_factory=dict)
+    _calls: OrderedDict[Any, int] = field(default_factory=OrderedDict)
+    _kept: dict[Any, Any] = field(default_factory=dict)
+
+    def gradient(self, theta: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """E `[T]` and ∇E `[T, D]`, detached."""
+        wanted = [True] + [False] * len(parameters)
+        value, grads = self.first(torch.ones_like(theta[:, 0]), [theta, *parameters], wanted)
+        assert grads[0] is not None
+        return value, grads[0]
+
+    def linearise(self, theta: Tensor, parameters: Sequence[Tensor]) -> Linearised:
+        """E, ∇E (detached here) and the product with ∇²E at a fixed θ."""
+        tensors = _plain([theta, *parameters])
+        key = _key("linearise", tensors)
+        kept = self._lookup(key, lambda: self._record_linear(tensors))
+        if kept is None:
+            return self._graph(key, *tensors)
+        prologue, product = kept
+        with torch.no_grad():
+            value, grad, *residuals = prologue(*tensors)
+        return Linearised(value, grad, lambda v: _call(product, *_plain([v]), *residuals))
+
+    def pullback(self, x: Tensor, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
+        """Gradient of Σ xᵀ∇E in those of `tensors`, θ and the parameters, that are wanted."""
+        program = self._run(
+            _named("pullback", wanted), _pullback(self.function, wanted), [x, *tensors]
+        )
+        return _spread(program, wanted)
+
+    def first(
+        self, seed: Tensor, tensors: Sequence[Tensor], wanted: Sequence[bool]
+    ) -> tuple[Tensor, Grads]:
+        """E `[T]`, and the gradient of Σ seed_i E_i in those of `tensors` that are wanted."""
+        program = _first(self.function, wanted)
+        value, *grads = self._run(_named("first", wanted), program, [seed, *tensors])
+        return value, _spread(grads, wanted)
+
+    # -- private ----------------------------------------------------------------------------------
+
+    def _run(
+        self, name: str, function: Callable[..., list[Tensor]], tensors: Sequence[Tensor]
+    ) -> list[Tensor]:
+        plain = _plain(tensors)
+        key = _key(name, plain)
+        program = self._lookup(key, lambda: self._record(name, function, plain)) or function
+        with torch.no_grad():
+            return list(program(*plain))
+
+    def _lookup(self, key: Any, record: Callable[[], Any]) -> Any:
+        """The program kept for these shapes; recorded when they have come often enough."""
+        if key in self._kept:
+            self._calls.move_to_end(key)
+            return self._kept[key]
+        self._calls[key] = self._calls.pop(key, 0) + 1
+        if len(self._calls) > KEPT_SHAPES:
+            oldest, _ = self._calls.popitem(last=False)
+            self._kept.pop(oldest, None)
+        if self.compiled or self._calls[key] >= CALLS_BEFORE_CAPTURE:
+            try:
+                self._kept[key] = record()
+                self.report[key[0]] = "compiled" if self.compiled else "recorded"
+            except Unrecordable as error:
+                self._kept[key] = None
+                self.report[key[0]] = f"as written: {error}"
+                _log.warning("%s: %s is run as written: %s", self.name, key[0], error)
+        return self._kept.get(key)
+
+    def _record(
+        self, name: str, function: Callable[..., list[Tensor]], tensors: Sequence[Tensor]
+    ) -> Any:
+        graph = trace(function, tensors)
+        program = self._finish(graph, tensors)
+        agree(program, function, tensors, exact=not self.compiled)
+        return program
+
+    def _record_linear(self, tensors: Sequence[Tensor]) -> Any:
+        v = torch.ones_like(tensors[0])
+
+        def second_order(v: Tensor, theta: Tensor, *parameters: Tensor) -> list[Tensor]:
+            at = self._graph(None, theta, *parameters)
+            return [at.value, at.grad, at.product(v)]
+
+        graph = trace(second_order, [v, *tensors])
+        before, after = split_linear(graph)
+        with torch.no_grad():
+            residuals = list(before(*tensors))[2:]
+        prologue = self._finish(before, tensors)
+        product = self._finish(after, [v, *residuals])
+
+        def both(v: Tensor, *tensors: Tensor) -> list[Tensor]:
+            value, grad, *residuals = prologue(*tensors)
+            return [value, grad, _call(product, v, *residuals)]
+
+        agree(both, second_order, [v, *tensors], exact=not self.compiled)
+        return prologue, product
+
+    def _finish(self, graph: torch.fx.GraphModule, tensors: Sequence[Tensor]) -> Any:
+        if not self.compiled:
+            return graph
+        import torch._inductor  # seconds to import: only when asked for
+
+        return torch._inductor.compile(graph, list(tensors))
+
+    def _graph(self, key: Any, theta: Tensor, *parameters: Tensor) -> Linearised:
+        """One gradient graph, gone through once per product; each product counts as a call."""
+        with torch.enable_grad():
+            leaf = theta.detach().requires_grad_()
+            value = self.function(leaf, *parameters)
+            (grad,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
+
+        def product(v: Tensor) -> Tensor:
+            if key in self._calls:
+                self._calls[key] += 1
+            return second(grad, leaf, v)
+
+        return Linearised(value.detach(), grad.detach(), product)
+
+
+def second(grad: Tensor, leaf: Tensor, v: Tensor) -> Tensor:
+    """∇²E v from the graph of ∇E; 0 where the energy is linear."""
+    if not grad.requires_grad:
+        return torch.zeros_like(v)
+    out = torch.autograd.grad(grad, leaf, v, retain_graph=True, allow_unused=True)[0]
+    return torch.zeros_like(v) if out is None else out
+
+
+def split_linear(
+    graph: torch.fx.GraphModule,
+) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:
+    """Cut a program of (v, *rest) to (a, b, Lv), a and b free of v, into two.
+
+    The first maps rest to (a, b, *residuals), the second (v, *residuals) to Lv: what does not
+    depend on v is not computed again for the next v.
+    """
+    nodes = list(graph.graph.nodes)
+    inputs = [n for n in nodes if n.op == "placeholder"]
+    (*fixed, linear) = next(n for n in nodes if n.op == "output").args[0]
+    moving = {inputs[0]}
+    for node in nodes:
+        if node.op != "output" and any(a in moving for a in node.all_input_nodes):
+            moving.add(node)
+    needed = {a for n in moving for a in n.all_input_nodes if a not in moving}
+    if linear not in moving:
+        needed.add(linear)
+    # A constant of the module is fetched where it is used: no need to hand it over.
+    residuals = [n for n in nodes if n in needed and n.op != "get_attr"]
+    before, after = torch.fx.Graph(), torch.fx.Graph()
+    first: dict[torch.fx.Node, torch.fx.Node] = {}
+    for node in nodes:
+        if node not in moving and node.op != "output":
+            first[node] = before.node_copy(node, first.__getitem__)
+    before.output([first[n] for n in (*fixed, *residuals)])
+    then = {inputs[0]: after.placeholder("v")}
+    for index, node in enumerate(residuals):
+        then[node] = after.placeholder(f"residual_{index}")
+    for node in nodes:
+        if (node in moving and node.op != "placeholder") or (
+            node in needed and node.op == "get_attr"
+        ):
+            then[node] = after.node_copy(node, then.__getitem__)
+    after.output([then[linear]])
+    modules = [torch.fx.GraphModule(graph, g) for g in (before, after)]
+    for module in modules:
+        module.graph.eliminate_dead_code()
+        module.recompile()
+    return modules[0], modules[1]
+
+
+def _first(function: EnergyFunction, wanted: Sequence[bool]) -> Callable[..., list[Tensor]]:
+    def first(seed: Tensor, *tensors: Tensor) -> list[Tensor]:
+        with torch.enable_grad():
+            tensors, leaves = _leaves(tensors, wanted)
+            value = function(*tensors)
+            grads: Sequence[Tensor | None] = [None] * len(leaves)
+            if value.requires_grad:
+                grads = torch.autograd.grad(value, leaves, seed, allow_unused=True)
+        return [value.detach(), *_filled(grads, leaves)]
+
+    return first
+
+
+def _pullback(function: EnergyFunction, wanted: Sequence[bool]) -> Callable[..., list[Tensor]]:
+    def pullback(x: Tensor, theta: Tensor, *parameters: Tensor) -> list[Tensor]:
+        with torch.enable_grad():
+            tensors, leaves = _leaves((theta, *parameters), wanted)
+            theta = tensors[0] if wanted[0] else tensors[0].requires_grad_()
+            value = function(theta, *tensors[1:])
+            (grad,) = torch.autograd.grad(value.sum(), theta, create_graph=True)
+            grads: Sequence[Tensor | None] = [None] * len(leaves)
+            if grad.requires_grad:
+                grads = torch.autograd.grad(grad, leaves, x, allow_unused=True)
+        return _filled(grads, leaves)
+
+    return pullback
+
+
+def _leaves(
+    tensors: Sequence[Tensor], wanted: Sequence[bool]
+) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """Fresh leaves for all of them, and those of which a gradient is wanted."""
+    fresh = tuple(t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True))
+    return fresh, [t for t in fresh if t.requires_grad]
+
+
+def _filled(grads: Sequence[Tensor | None], leaves: Sequence[Tensor]) -> list[Tensor]:
+    return [
+        torch.zeros_like(t) if g is None else g.detach() for g, t in zip(grads, leaves, strict=True)
+    ]
+
+
+def _spread(grads: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
+    rest = iter(grads)
+    return [next(rest) if w else None for w in wanted]
+
+
+def _named(name: str, wanted: Sequence[bool]) -> str:
+    return name + " " + "".join("01"[w] for w in wanted)
+
+
+def _call(program: Any, *tensors: Tensor) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = program(*tensors)[0]
+    return out
+
+
+def _key(name: str, tensors: Sequence[Tensor]) -> Any:
+    return (name, *((t.shape, t.dtype, t.device) for t in tensors))
+
+
+def _plain(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Without history, and laid out as a compiled program has to assume."""
+    return [t.detach().contiguous() for t in tensors]
