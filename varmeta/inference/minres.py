@@ -11,6 +11,7 @@ from varmeta.inference.linear import (
     MatVec,
     Solution,
     check_stopping,
+    default_tolerance,
     norm,
     relative,
     relative_goal,
@@ -24,7 +25,12 @@ class MINRES:
 
     For symmetric operators, positive definite or not: of all x in the Krylov space the one with
     the smallest ‖b − Ax‖, which therefore never grows. Each task stops on its own, at its
-    tolerance or at the iteration cap; a singular system ends at a least-squares solution.
+    tolerance or at the iteration cap.
+
+    A singular system without a solution ends at a least-squares solution, where
+    ‖Ar‖ ≤ ε^(2/3)‖A‖‖r‖; so does one of a condition number above ε^(-2/3), for which this data type
+    is too short. Where rounding hides this (most often in single precision), x grows without
+    bound, and the residual, above 1, says so.
 
     Negative curvature is reported and harmless: `negative_curvature` is set at the first iteration
     where the Lanczos matrix VᵀAV is not positive definite, which is where the residual r has
@@ -65,7 +71,7 @@ class MINRES:
         # last reflection in Q; δ̄ and ε what that left in the next columns of R; φ̄ the residual.
         beta, cos, sin = torch.zeros_like(size), -torch.ones_like(size), torch.zeros_like(size)
         delta_bar, epsilon, phi_bar = beta, beta, size
-        largest, rounding = beta, 10 * torch.finfo(b.dtype).eps  # ‖A‖, to a factor of 2
+        largest, nothing = beta, default_tolerance(b.dtype)  # ‖A‖ to a factor of 2 or so
         negative = torch.zeros_like(active)
         iterations = torch.zeros_like(size, dtype=torch.long)
         products = 0
@@ -82,10 +88,10 @@ class MINRES:
             delta = cos * delta_bar + sin * alpha
             gamma_bar = sin * delta_bar - cos * alpha
             negative |= active & (cos * gamma_bar >= 0)  # rᵀAr = −cos · γ̄ · φ̄²
-            # ‖Ar‖ = φ̄ · ‖(γ̄, cos · β)‖. Where it is rounding beside ‖A‖‖r‖, A is singular, r lies in
-            # its null space and x is a least-squares solution: the step would divide by rounding.
+            # ‖Ar‖ = φ̄ · ‖(γ̄, cos · β)‖. Where it is nothing beside ‖A‖‖r‖, r lies in the null space
+            # of A, x is a least-squares solution, and a step would divide by rounding.
             largest = torch.maximum(largest, torch.maximum(old_beta, alpha.abs()) + beta)
-            singular = torch.hypot(gamma_bar, cos * beta) <= rounding * largest
+            singular = torch.hypot(gamma_bar, cos * beta) <= nothing * largest
             gamma = torch.where(singular, 1.0, torch.hypot(gamma_bar, beta))
             w, old_w = (v - epsilon[:, None] * old_w - delta[:, None] * w) / gamma[:, None], w
             epsilon, delta_bar = sin * beta, -cos * beta
