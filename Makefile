@@ -9,7 +9,7 @@ TORCH := "$$(grep '^torch==' constraints.txt)"
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format test-arviz1 clean
+.PHONY: help venv demo test bench check format test-arviz1 clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,14 @@ demo: venv ## compare the strategies on the radon data
 
 test: venv ## the tests and every example in the documentation
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(PYTEST_ARGS)
+
+bench: .venv/.bench ## seconds per meta-step against JAX, TorchOpt and others; Figure 2 of the paper
+	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.figure2
+
+.venv/.bench: .venv/.installed pyproject.toml
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,bench]'
+	touch $@
 
 check: venv ## lint, format and types, changing nothing
 	$(BIN)/ruff check .

@@ -309,7 +309,7 @@ def _make_radon(rng: np.random.Generator, tasks: int) -> Workload:
     counties = Tasks.from_frame(frame, **columns)
     pairs = [(counties.inputs[i][m], counties.targets[i][m]) for i, m in enumerate(counties.mask)]
     if tasks != len(pairs):
-        drawn = (pairs[i] for i in rng.integers(len(pairs), size=tasks))
+        drawn = [pairs[i] for i in rng.integers(len(pairs), size=tasks)]
         pairs = []
         for x, y in drawn:
             again = torch.as_tensor(rng.integers(len(y), size=len(y)))
