@@ -1,4 +1,4 @@
-"""Seconds per meta-step of every implementation: `python -m benchmarks.speed`, `make bench`."""
+"""CPU seconds per meta-step of every implementation: `python -m benchmarks.speed`, `make bench`."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def measure(workload: Workload, names: list[str], rounds: int) -> list[dict[str,
             row: dict[str, Any] = {"workload": workload.label, "implementation": name}
             worker = Worker(name, folder, workload, cores[index % len(cores)])
             try:
-                row |= worker.ask("start") | {"scaled": worker.scale, "rounds": []}
+                row |= worker.ask("start") | {"scaled": worker.scale, "rounds": [], "walls": []}
             except RuntimeError as error:
                 worker.close()
                 return row | {"failed": str(error)}
@@ -129,8 +129,9 @@ def measure(workload: Workload, names: list[str], rounds: int) -> list[dict[str,
             for turn in range(rounds):
                 for row in [r for r in rows if "failed" not in r]:
                     worker = workers[row["implementation"]]
-                    seconds = worker.ask(f"time {cores[-1]} {ROUND_SECONDS}")["seconds"]
-                    row["rounds"].append(seconds * worker.scale)
+                    took = worker.ask(f"time {cores[-1]} {ROUND_SECONDS}")
+                    row["rounds"].append(took["seconds"] * worker.scale)
+                    row["walls"].append(took["wall"] * worker.scale)
                 console.print(f"  round {turn + 1} of {rounds}")
         finally:
             for worker in workers.values():
@@ -143,7 +144,7 @@ def measure(workload: Workload, names: list[str], rounds: int) -> list[dict[str,
 
 # -- tables ----------------------------------------------------------------------------------------
 
-HEADER = ["implementation", "ms per step", "/ varmeta", "start s", "error", "worst", "of step"]
+HEADER = ["implementation", "CPU ms per step", "/ varmeta", "start s", "error", "worst", "of step"]
 
 
 def cells(row: dict[str, Any], base: float | None) -> list[str]:
@@ -212,6 +213,24 @@ def describe() -> dict[str, str]:
     }
 
 
+def write(report: dict[str, Any], path: Path) -> None:
+    """JSON and markdown; workloads measured earlier the same day, and not again now, stay."""
+    RESULTS.mkdir(exist_ok=True)
+    measured = {row["workload"] for row in report["rows"]}
+    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = [row for row in old if row["workload"] not in measured] + report["rows"]
+    full = {**report, "rows": sorted(rows, key=_position)}
+    path.write_text(json.dumps(full, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(full))
+
+
+def _position(row: dict[str, Any]) -> tuple[int, str]:
+    """Workloads in the order of the suite, others behind them."""
+    name, *sizes = row["workload"].replace("=", " ").split()
+    numbers = [int(size) for size in sizes if size.isdigit()]
+    return list(NAMES).index(name), "".join(f"{n:9d}" for n in numbers)
+
+
 def main() -> None:
     """See --help."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=__doc__)
@@ -253,9 +272,7 @@ def main() -> None:
         show(rows)
         report["minutes"] = round((time.monotonic() - begin) / 60, 1)
         if save:  # after every workload: a long run that is stopped leaves what it has
-            RESULTS.mkdir(exist_ok=True)
-            path.write_text(json.dumps(report, indent=1) + "\n")
-            path.with_suffix(".md").write_text(markdown(report))
+            write(report, path)
     if save:
         console.print(f"written: {path}, {path.with_suffix('.md').name}")
 
