@@ -13,6 +13,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from varmeta.inference.energy import as_energy
+from varmeta.inference.lbfgs import LBFGS
 from varmeta.inference.linear import CG, default_tolerance
 from varmeta.inference.minimise import GradientDescent, Minimiser
 from varmeta.inference.newton import NewtonCG
@@ -65,6 +66,8 @@ PROBLEMS: dict[str, tuple[Energy, Tensor]] = {
 MINIMISERS: dict[str, Minimiser] = {
     "newton": NewtonCG(),
     "newton, 2 products": NewtonCG(max_iterations=2000, solver=CG(max_iterations=2)),
+    "lbfgs": LBFGS(),
+    "lbfgs, 2 pairs": LBFGS(max_iterations=1000, history=2),
     "descent": GradientDescent(step_size=0.15, max_iterations=5000),
 }
 STABLE = [  # a step of 0.15 is beyond 2/λmax on Rosenbrock's valley

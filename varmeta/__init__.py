@@ -12,6 +12,7 @@ from varmeta.inference.base import NonFiniteLoss, Strategy
 from varmeta.inference.fit import Fit, fit
 from varmeta.inference.imaml import IMAML
 from varmeta.inference.joint import JointVariational
+from varmeta.inference.lbfgs import LBFGS
 from varmeta.inference.linear import CG
 from varmeta.inference.maml import FOMAML, MAML, MetaSGD, Reptile
 from varmeta.inference.minimise import Adam, GradientDescent
@@ -30,6 +31,7 @@ __all__ = [
     "CG",
     "FOMAML",
     "IMAML",
+    "LBFGS",
     "MAML",
     "Adam",
     "Comparison",
