@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from varmeta.models.density import Density
-from varmeta.models.prior import GaussianPrior, penalty
-from varmeta.models.programs import Linearised, Programs, second
+from varmeta.models.prior import GaussianPrior, penalty, precision_mv
+from varmeta.models.programs import Linearised, Product, Programs, second
 from varmeta.tasks import Tasks
 
 
@@ -27,8 +27,12 @@ class Energy(Protocol):
         """∇E `[T, D]`, differentiable once in θ and in whatever E depends on."""
         ...
 
-    def linearise(self, theta: Tensor) -> Linearised:
-        """E, ∇E and the product with ∇²E at a fixed θ; ∇E differentiable in what else E has."""
+    def linearise(self, theta: Tensor, *, gauss_newton: bool = False) -> Linearised:
+        """E, ∇E and the product with ∇²E at a fixed θ; ∇E differentiable in what else E has.
+
+        With `gauss_newton` the product is with JᵀHJ, J the derivative of the parameters z of each
+        row's law (its mean, its logits) and H the Hessian of −log p(y | z), plus the prior's part.
+        """
         ...
 
 
@@ -49,8 +53,17 @@ class FunctionEnergy:
             leaf = theta if keep and theta.requires_grad else theta.detach().requires_grad_()
             return torch.autograd.grad(self(leaf).sum(), leaf, create_graph=keep)[0]
 
-    def linearise(self, theta: Tensor) -> Linearised:
-        """See `Energy`."""
+    def linearise(self, theta: Tensor, *, gauss_newton: bool = False) -> Linearised:
+        """See `Energy`.
+
+        Raises:
+            ValueError: gauss_newton; a bare function does not say what its outputs are.
+        """
+        if gauss_newton:
+            raise ValueError(
+                "curvature='gauss_newton' needs a model: a bare function does not say what its "
+                "outputs are. Use curvature='hessian'"
+            )
         with torch.enable_grad():
             leaf = theta.detach().requires_grad_()
             value = self(leaf)
@@ -92,10 +105,10 @@ class TaskEnergy:
         out: Tensor = _Gradient.apply(self._programs, grad, theta, *self._parameters)
         return out
 
-    def linearise(self, theta: Tensor) -> Linearised:
+    def linearise(self, theta: Tensor, *, gauss_newton: bool = False) -> Linearised:
         """See `Energy`."""
         theta = theta.detach()
-        at = self._programs.linearise(theta, self._parameters)
+        at = self._programs.linearise(theta, self._parameters, gauss_newton=gauss_newton)
         with torch.enable_grad():
             grad: Tensor = _Gradient.apply(self._programs, at.grad, theta, *self._parameters)
         return Linearised(at.value, grad, at.product)
@@ -116,7 +129,8 @@ class TaskEnergy:
 
     @property
     def _programs(self) -> Programs:
-        return self.density.programs("likelihood" if self.prior is None else "energy", _energy)
+        name = "likelihood" if self.prior is None else "energy"
+        return self.density.programs(name, _energy, _gauss_newton)
 
 
 def as_energy(function: Energy | Callable[[Tensor], Tensor]) -> Energy:
@@ -137,6 +151,37 @@ def _energy(density: Density) -> Callable[..., Tensor]:
         return loss
 
     return energy
+
+
+def _gauss_newton(density: Density) -> Callable[..., Product]:
+    def curve(
+        theta: Tensor, shared: Tensor, inputs: Tensor, targets: Tensor, mask: Tensor, *prior: Tensor
+    ) -> Product:
+        grad = torch.autograd.grad
+        outputs = density.outputs(theta, shared, inputs, targets)
+        moving = [z for z in outputs if z.requires_grad]
+        leaves = [z.detach().requires_grad_(z.requires_grad) for z in outputs]
+        rows = density.rows_given(leaves, theta.detach(), shared, inputs, targets)
+        leaves = [z for z in leaves if z.requires_grad]
+        slopes = grad(-torch.where(mask, rows, 0.0).sum(), leaves, create_graph=True)
+        # Jᵀu is linear in u, so that its derivative in u, applied to v, is Jv.
+        zeros = [torch.zeros_like(z).requires_grad_() for z in moving]
+        (back,) = grad(moving, theta, zeros, create_graph=True)
+
+        def product(v: Tensor) -> Tensor:
+            forward = grad(back, zeros, v, retain_graph=True)
+            bent = [s for s in slopes if s.requires_grad]
+            push = [f for f, s in zip(forward, slopes, strict=True) if s.requires_grad]
+            turned = grad(bent, leaves, push, retain_graph=True, materialize_grads=True)
+            (out,) = grad(moving, theta, turned, retain_graph=True)
+            if prior:
+                _, log_scale, groups, *factor = prior
+                out = out + precision_mv(v, log_scale.exp()[groups], *factor)
+            return out
+
+        return product
+
+    return curve
 
 
 class _Gradient(torch.autograd.Function):

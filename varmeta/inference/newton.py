@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from varmeta.inference.linear import CG, default_tolerance
 from varmeta.inference.minimise import Minimum, check_budget, goal_norm
 from varmeta.models.programs import Linearised
 
+Curvature = Literal["hessian", "gauss_newton"]
 _HALVINGS = 30
 _ARMIJO = 1e-4
 _FORCING = 0.01  # loosest residual of a Newton system: a product is cheap beside a new gradient
@@ -31,14 +33,23 @@ class NewtonCG:
         tolerance: a task stops where ‖∇E‖ ≤ tolerance · (1 + ‖∇E(start)‖); None for ε^(2/3) of the
             data type.
         solver: for the Newton systems.
+        curvature: `"hessian"`, or `"gauss_newton"` (see `Implicit`), with which every step goes
+            down, but convergence is linear where the model bends.
     """
 
     max_iterations: int = 50
     tolerance: float | None = None
     solver: CG = field(default_factory=lambda: CG(max_iterations=50))
+    curvature: Curvature = "hessian"
 
     def __post_init__(self) -> None:
         check_budget(self.max_iterations, self.tolerance)
+        check_curvature(self.curvature)
+        if self.tolerance == 0:
+            raise ValueError(
+                "tolerance must not be 0: a line search has no fixed budget. Use GradientDescent "
+                "for one, or leave tolerance None"
+            )
 
     def minimise(self, energy: Energy | Callable[[Tensor], Tensor], start: Tensor) -> Minimum:
         """See `Minimiser.minimise`."""
@@ -58,7 +69,11 @@ class NewtonCG:
                 break
             forcing = norm.sqrt().clamp(flat, _FORCING)
             right = torch.where(active[:, None], -grad, 0.0)
-            solution = self.solver.solve(at.product, right, forcing)
+            product = at.product
+            if self.curvature == "gauss_newton":
+                product = energy.linearise(theta, gauss_newton=True).product
+                gradients += 1
+            solution = self.solver.solve(product, right, forcing)
             slope = (solution.x * grad).sum(-1)
             downhill = (slope < 0)[:, None]
             step = torch.where(downhill, solution.x, right)
@@ -94,3 +109,9 @@ def _decreased(
     level = (new.value - value).abs() <= flat * (1 + value.abs())
     smaller = new.grad.detach().norm(dim=-1) < norm
     return (level & smaller) | (new.value <= value + _ARMIJO * expected)
+
+
+def check_curvature(curvature: str) -> None:
+    """Raise a ValueError unless it is one of the two."""
+    if curvature not in ("hessian", "gauss_newton"):
+        raise ValueError(f"curvature must be 'hessian' or 'gauss_newton', got {curvature!r}")

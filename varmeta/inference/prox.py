@@ -22,7 +22,7 @@ from torch import Tensor
 from varmeta.inference.energy import Energy, as_energy
 from varmeta.inference.linear import CG, LinearSolver, MatVec
 from varmeta.inference.minimise import FirstOrder, Minimiser, Minimum
-from varmeta.inference.newton import NewtonCG
+from varmeta.inference.newton import Curvature, NewtonCG, check_curvature
 
 
 @dataclass(eq=False)
@@ -89,9 +89,17 @@ class Implicit:
     Attributes:
         solver: for (∇²E)x = v; the default runs to convergence, `CG(max_iterations=5, tolerance=0)`
             is the paper's budget.
+        curvature: `"hessian"`, or `"gauss_newton"`: the part of ∇²E without the model's own second
+            derivatives. It is positive definite where −log p(y | z) is convex in the parameters z
+            of the rows' law (a normal mean, logits), also where θ* is no minimum; exact where
+            the model is linear in θ or fits without residuals.
     """
 
     solver: LinearSolver = field(default_factory=CG)
+    curvature: Curvature = "hessian"
+
+    def __post_init__(self) -> None:
+        check_curvature(self.curvature)
 
     def solve(self, energy: Energy, start: Tensor, minimiser: Minimiser) -> tuple[Tensor, ProxInfo]:
         """See `Adjoint.solve`."""
@@ -99,9 +107,11 @@ class Implicit:
         info = ProxInfo.of(minimum)
         if not minimum.at.grad.requires_grad:
             return minimum.theta, info
-        correction: Tensor = _ImplicitCorrection.apply(
-            minimum.at.grad, minimum.at.product, self.solver, info
-        )
+        product = minimum.at.product
+        if self.curvature == "gauss_newton":
+            product = energy.linearise(minimum.theta, gauss_newton=True).product
+            info.gradients += 1
+        correction: Tensor = _ImplicitCorrection.apply(minimum.at.grad, product, self.solver, info)
         return minimum.theta + correction, info
 
 

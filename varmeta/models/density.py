@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -15,12 +14,12 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from varmeta.models.capture import Captured
-from varmeta.models.programs import EnergyFunction, Programs
+from varmeta.models.check_model import check_model
+from varmeta.models.laws import law_parameters, law_with
+from varmeta.models.programs import EnergyFunction, Product, Programs
 from varmeta.models.sites import Model, pyro_untouched, read_sites, reason, run, validation_off
-from varmeta.seeds import generator, global_rng
+from varmeta.seeds import global_rng
 from varmeta.tasks import Tasks, TaskSource
-
-_TRIES = 3  # draws at which a site may be silent by chance (a ReLU that is off)
 
 
 class Density:
@@ -76,7 +75,7 @@ class Density:
         self._batched: dict[tuple[int, bool], Captured] = {}
         self._programs: dict[str, Programs] = {}
         self._compiled = False
-        self._check(tasks)
+        check_model(self, tasks)
 
     # -- what there is ----------------------------------------------------------------------------
 
@@ -232,10 +231,32 @@ class Density:
         out: Tensor = _nested_vmap(self._pointwise, 0, False)(theta, shared, inputs, targets)
         return out
 
-    def programs(self, name: str, build: Callable[[Density], EnergyFunction]) -> Programs:
+    def outputs(
+        self, theta: Tensor, shared: Tensor, inputs: Tensor, targets: Tensor
+    ) -> list[Tensor]:
+        """Parameters z of each row's law (means, logits, …), `[T, ...]` each; as for `rows`."""
+        out: list[Tensor] = torch.vmap(self._outputs, (0, None, 0, 0))(
+            theta, shared, inputs, targets
+        )
+        return out
+
+    def rows_given(
+        self, outputs: list[Tensor], theta: Tensor, shared: Tensor, inputs: Tensor, targets: Tensor
+    ) -> Tensor:
+        """log p(y_n | z), nats, `[T, N]`: `rows` with other parameters z of the rows' laws."""
+        dims = (0, 0, None, 0, 0)
+        out: Tensor = torch.vmap(self._given_outputs, dims)(outputs, theta, shared, inputs, targets)
+        return out
+
+    def programs(
+        self,
+        name: str,
+        energy: Callable[[Density], EnergyFunction],
+        gauss_newton: Callable[[Density], Callable[..., Product]],
+    ) -> Programs:
         """The derivatives of an energy built on this density, recorded once for all its users."""
         if name not in self._programs:
-            self._programs[name] = Programs(build(self), name, compiled=self._compiled)
+            self._programs[name] = Programs(energy(self), name, gauss_newton(self), self._compiled)
         return self._programs[name]
 
     def compiled(self) -> Density:
@@ -262,10 +283,26 @@ class Density:
 
     def _pointwise(self, theta: Tensor, shared: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """One task: `[D]`, `[P]` and its data to `[N]` nats."""
-        trace = self._trace(theta, shared, x, y)
+        return self._row_nats(self._trace(theta, shared, x, y), len(y))
+
+    def _outputs(self, theta: Tensor, shared: Tensor, x: Tensor, y: Tensor) -> list[Tensor]:
+        """One task: the parameters of each row's law, whatever their shapes."""
+        nodes = self._trace(theta, shared, x, y).nodes
+        return [t for name in self.observed for t in law_parameters(nodes[name]["fn"])]
+
+    def _given_outputs(
+        self, outputs: list[Tensor], theta: Tensor, shared: Tensor, x: Tensor, y: Tensor
+    ) -> Tensor:
+        """One task: `[N]` nats with these parameters of the rows' laws in place of the model's."""
+        trace, rest = self._trace(theta, shared, x, y), iter(outputs)
+        for name in self.observed:
+            trace.nodes[name]["fn"] = law_with(trace.nodes[name]["fn"], rest)
+        return self._row_nats(trace, len(y))
+
+    def _row_nats(self, trace: Any, rows: int) -> Tensor:
         with validation_off():
             trace.compute_log_prob(lambda name, site: name in self.observed)
-        total = sum(trace.nodes[n]["log_prob"].reshape(-1, len(y)).sum(0) for n in self.observed)
+        total = sum(trace.nodes[n]["log_prob"].reshape(-1, rows).sum(0) for n in self.observed)
         assert isinstance(total, Tensor)
         return total
 
@@ -331,57 +368,6 @@ class Density:
                 "the last two dimensions are tasks and coordinates"
             )
         self.check_data(tasks, shared, theta.shape[:-1])
-
-    def _check(self, tasks: Tasks) -> None:
-        """Try the model on a batch: it must run, keep rows apart, and listen to every site."""
-        sites = (*self.sites, *self.shared_sites)
-        index = torch.cat([torch.full((s.size,), k) for k, s in enumerate(sites)])
-        loc = torch.cat([self.prior_loc, self.shared_init])
-        scale = torch.cat([self.prior_scale, self.shared_scale])
-        noise, index = generator(0, device=loc.device), index.to(loc.device)
-
-        def rows(flat: Tensor, tasks: Tasks) -> Tensor:
-            theta = flat[: self.dim].expand(len(tasks), -1)
-            try:
-                return self.log_likelihood(theta, tasks, flat[self.dim :])
-            except Exception as error:
-                raise ValueError(
-                    f"model failed on a batch of tasks (torch.vmap): {reason(error)}. Replace "
-                    "Python branches on values by torch.where, and draw random numbers with "
-                    "pyro.sample only"
-                ) from error
-
-        like: Any = {"generator": noise, "dtype": loc.dtype, "device": loc.device}
-        deaf = set(range(len(sites)))
-        for _ in range(_TRIES):
-            here, there = loc + scale * torch.randn(2, len(loc), **like)
-            wide = tasks._map(lambda t: torch.cat([t, t[:, :1]], dim=1))
-            before, after = rows(here, tasks), rows(here, wide)[:, :-1]
-            if not torch.allclose(before, after, rtol=1e-3, atol=1e-3, equal_nan=True):
-                raise ValueError(
-                    "model changes the log-likelihood of a row when another row is added, or from "
-                    "call to call. Rows must be independent given the latents (tasks are padded to "
-                    "a common length): compute means over rows and the like before, as inputs"
-                )
-            deaf = {
-                k
-                for k in deaf
-                if torch.equal(before, rows(torch.where(index == k, there, here), tasks))
-            }
-            if not deaf:
-                return
-            if tasks.inputs.is_floating_point():  # other inputs may show more than zeros, say
-                tasks = replace(
-                    tasks, inputs=tasks.inputs + torch.randn(tasks.inputs.shape, **like)
-                )
-        site = sites[min(deaf)]
-        raise ValueError(
-            f"{site.role} site {site.name!r} does not reach the observed site "
-            f"{self.observed[0]!r}. A latent that only feeds another latent's prior "
-            "has no place in a model of one task (the learned prior takes it). For "
-            "parameters of a module to be learned, the module itself must be the model "
-            "(with forward(x, y)), or be lifted by varmeta.models.network"
-        )
 
 
 class _Answer(Messenger):

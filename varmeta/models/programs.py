@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,11 +56,14 @@ class Programs:
     Args:
         function: `function(theta, *parameters)` to `[T]` nats; pure, no random numbers.
         name: for the report.
+        gauss_newton: `gauss_newton(theta, *parameters)` to the product with the generalised
+            Gauss–Newton matrix at θ, which has a graph; None if there is none.
         compiled: compile each recording with inductor, at its first call (seconds each).
     """
 
     function: EnergyFunction
     name: str
+    gauss_newton: Callable[..., Product] | None = None
     compiled: bool = False
     report: dict[str, str] = field(default_factory=dict)
     _calls: OrderedDict[Any, int] = field(default_factory=OrderedDict)
@@ -72,13 +76,21 @@ class Programs:
         assert grads[0] is not None
         return value, grads[0]
 
-    def linearise(self, theta: Tensor, parameters: Sequence[Tensor]) -> Linearised:
-        """E, ∇E (detached here) and the product with ∇²E at a fixed θ."""
+    def linearise(
+        self, theta: Tensor, parameters: Sequence[Tensor], *, gauss_newton: bool = False
+    ) -> Linearised:
+        """E, ∇E (detached here) and the product with ∇²E, or its Gauss–Newton part, at a fixed θ.
+
+        Raises:
+            ValueError: gauss_newton, and there is no such product.
+        """
+        if gauss_newton and self.gauss_newton is None:
+            raise ValueError("this energy has no Gauss–Newton product; use curvature='hessian'")
         tensors = _plain([theta, *parameters])
-        key = _key("linearise", tensors)
-        kept = self._lookup(key, lambda: self._record_linear(tensors))
+        key = _key("gauss_newton" if gauss_newton else "linearise", tensors)
+        kept = self._lookup(key, lambda: self._record_linear(tensors, gauss_newton))
         if kept is None:
-            return self._graph(key, *tensors)
+            return self._graph(key, gauss_newton, *tensors)
         prologue, product = kept
         with torch.no_grad():
             value, grad, *residuals = prologue(*tensors)
@@ -137,11 +149,11 @@ class Programs:
         agree(program, function, tensors, exact=not self.compiled)
         return program
 
-    def _record_linear(self, tensors: Sequence[Tensor]) -> Any:
+    def _record_linear(self, tensors: Sequence[Tensor], gauss_newton: bool) -> Any:
         v = torch.ones_like(tensors[0])
 
         def second_order(v: Tensor, theta: Tensor, *parameters: Tensor) -> list[Tensor]:
-            at = self._graph(None, theta, *parameters)
+            at = self._graph(None, gauss_newton, theta, *parameters)
             return [at.value, at.grad, at.product(v)]
 
         graph = trace(second_order, [v, *tensors])
@@ -165,17 +177,20 @@ class Programs:
 
         return torch._inductor.compile(graph, list(tensors))
 
-    def _graph(self, key: Any, theta: Tensor, *parameters: Tensor) -> Linearised:
+    def _graph(
+        self, key: Any, gauss_newton: bool, theta: Tensor, *parameters: Tensor
+    ) -> Linearised:
         """One gradient graph, gone through once per product; each product counts as a call."""
         with torch.enable_grad():
             leaf = theta.detach().requires_grad_()
             value = self.function(leaf, *parameters)
-            (grad,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
+            (grad,) = torch.autograd.grad(value.sum(), leaf, create_graph=not gauss_newton)
+            curve = self.gauss_newton(leaf, *parameters) if gauss_newton else None  # type: ignore[misc]
 
         def product(v: Tensor) -> Tensor:
             if key in self._calls:
                 self._calls[key] += 1
-            return second(grad, leaf, v)
+            return second(grad, leaf, v) if curve is None else curve(v)
 
         return Linearised(value.detach(), grad.detach(), product)
 
@@ -184,8 +199,29 @@ def second(grad: Tensor, leaf: Tensor, v: Tensor) -> Tensor:
     """∇²E v from the graph of ∇E; 0 where the energy is linear."""
     if not grad.requires_grad:
         return torch.zeros_like(v)
-    out = torch.autograd.grad(grad, leaf, v, retain_graph=True, allow_unused=True)[0]
+    with twice_differentiable():
+        out = torch.autograd.grad(grad, leaf, v, retain_graph=True, allow_unused=True)[0]
     return torch.zeros_like(v) if out is None else out
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Say which operation of the model has no second derivative, where one is taken within.
+
+    Raises:
+        ValueError: naming it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error).splitlines()[0]
+        if "derivative" not in text and "differentiate twice" not in text:
+            raise
+        raise ValueError(
+            f"the model is not twice differentiable: {text}. Implicit and unrolled meta-gradients "
+            "need second derivatives: write that operation with others, or use a strategy that "
+            "needs first ones alone (FOMAML, Reptile, JointVariational)"
+        ) from error
 
 
 def split_linear(
@@ -252,7 +288,8 @@ def _pullback(function: EnergyFunction, wanted: Sequence[bool]) -> Callable[...,
             (grad,) = torch.autograd.grad(value.sum(), theta, create_graph=True)
             grads: Sequence[Tensor | None] = [None] * len(leaves)
             if grad.requires_grad:
-                grads = torch.autograd.grad(grad, leaves, x, allow_unused=True)
+                with twice_differentiable():
+                    grads = torch.autograd.grad(grad, leaves, x, allow_unused=True)
         return _filled(grads, leaves)
 
     return pullback
