@@ -183,6 +183,8 @@ def test_what_is_not_finite_stays_so_and_harms_no_other_task(name: str, bad: flo
     solution = solver.solve(product(a), b)
     assert not bool(solution.residual[:2].isfinite().any())
     assert not bool(solution.x[0].isfinite().all())
+    if bad != bad:  # an infinite product may stop a task at x = 0, with a residual that shows it
+        assert not bool(solution.x[1].isfinite().all())
     assert torch.allclose(solution.x[2], clean.x[2], rtol=1e-12)
     assert not bool(solution.negative_curvature[2])
 
@@ -216,6 +218,11 @@ def test_a_tolerance_for_each_task_is_accepted(name: str) -> None:
     goals = torch.tensor([1e-2, 1e-6], dtype=FLOAT)
     solution = SOLVERS[name].full(10.0, 7).solve(product(a), b, goals)
     assert bool((solution.residual <= goals).all())
+    for i in range(2):  # and a task that has stopped does not move while the other goes on
+        alone = (
+            SOLVERS[name].full(10.0, 7).solve(product(a[i : i + 1]), b[i : i + 1], goals[i : i + 1])
+        )
+        assert torch.allclose(solution.x[i], alone.x[0], rtol=1e-9, atol=0)
 
 
 @every
@@ -279,7 +286,7 @@ def test_a_fixed_number_of_products_is_kept_and_harmless(name: str) -> None:
     """Far beyond convergence: nothing moves any more, and nothing is mistaken for curvature."""
     fixed = SOLVERS[name].fixed
     assert fixed is not None
-    count, many = ("terms", 4_000) if isinstance(fixed, Neumann) else ("max_iterations", 400)
+    count, many = ("terms", 4_000) if isinstance(fixed, Neumann) else ("max_iterations", 1_000)
     a, b = operator(30, 3, 8, 10.0), right_sides(31, 3, 8)
     a[2] = torch.eye(8, dtype=FLOAT)
     found = [

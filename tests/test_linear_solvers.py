@@ -259,12 +259,14 @@ def test_nystrom_reports_that_h_is_indefinite_though_a_is_not(sketch: str) -> No
     assert_close(found.x, torch.linalg.solve(a, b), 1e-9)
 
 
+@pytest.mark.parametrize("unit", [1.0, 1e8])
 @pytest.mark.parametrize("sketch", ["columns", "gaussian"])
-def test_preconditioned_cg_needs_fewer_iterations(sketch: str) -> None:
-    """Low rank plus a shift of different sizes, plus a small tail: CG alone walks through all."""
+def test_preconditioned_cg_needs_fewer_iterations(sketch: str, unit: float) -> None:
+    """Low rank plus a shift of different sizes, plus a small tail: CG alone walks through all. The
+    unit of A changes √(rᵀM⁻¹r), and not when CG stops."""
     shift = torch.logspace(-2, 0, 80, dtype=FLOAT)
     a = low_rank(27, 80, 8, 1e4) + 1e-4 * operator(28, 2, 80, 10.0) + diagonal(shift.expand(2, -1))
-    b = right_sides(29, 2, 80)
+    a, b, shift = unit * a, right_sides(29, 2, 80), unit * shift
     plain = CG(max_iterations=2000).solve(product(a), b)
     preconditioner = Nystrom(12, shift, sketch)  # type: ignore[arg-type]
     found = CG(max_iterations=2000, preconditioner=preconditioner).solve(product(a), b)
@@ -290,6 +292,12 @@ def test_the_preconditioner_levels_what_it_saw() -> None:
     assert_close(levels, levels[:1].expand(7), 1e-12)
     lowest = 0.5 * levels[0]
     assert bool(lowest < a[0][seen].min()) and float((a[0][~seen] - lowest).abs().min()) < 1e-10
+
+
+def test_the_preconditioner_is_positive_definite_though_a_is_not() -> None:
+    a = torch.tensor([[4.0, 2.0, 1.0, -2.0]], dtype=FLOAT)
+    inverse, _ = Nystrom(4, 1.0).prepare(lambda v: a * v, a)
+    assert_close(inverse(torch.ones_like(a)), 1 / (a.clamp(min=1.0)), 1e-12)
 
 
 class Flipped:
