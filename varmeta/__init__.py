@@ -9,6 +9,7 @@ from importlib.metadata import version as _version
 from varmeta.comparison import Comparison, compare
 from varmeta.export import to_arviz
 from varmeta.inference.base import NonFiniteLoss, Strategy
+from varmeta.inference.check import GradientCheck, check_gradient
 from varmeta.inference.fit import Fit, fit
 from varmeta.inference.imaml import IMAML
 from varmeta.inference.joint import JointVariational
@@ -40,6 +41,7 @@ __all__ = [
     "Detached",
     "Fit",
     "GaussianPrior",
+    "GradientCheck",
     "GradientDescent",
     "Implicit",
     "JointVariational",
@@ -58,6 +60,7 @@ __all__ = [
     "Tasks",
     "Unrolled",
     "__version__",
+    "check_gradient",
     "compare",
     "fit",
     "hierarchy",

@@ -1,0 +1,309 @@
+"""The references that `check_gradient` sets a meta-gradient beside.
+
+All of them are derivatives in x `[n]`: θ0, log scales, factor and φ in one vector, 0 at the point
+of interest and in units of the prior, so that one step of a finite difference fits all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varmeta.inference.energy import TaskEnergy
+from varmeta.inference.laplace import MAX_DIM, hessian
+from varmeta.inference.linear import CG
+from varmeta.inference.minimise import FirstOrder, Minimiser
+from varmeta.inference.newton import NewtonCG
+from varmeta.inference.prox import Unrolled, prox
+from varmeta.models.density import Density
+from varmeta.models.prior import GaussianPrior
+from varmeta.seeds import generator
+from varmeta.tasks import Tasks
+
+_STEP = 1e-3  # of a finite difference, in units of the prior; Richardson's error is its 4th power
+_FEW = 30  # coordinates up to which a difference is taken along each
+_RANDOM = 8  # else along so many directions in each block
+_MOST_STEPS = 500  # to unroll; each is kept
+_LEAP = 0.05  # prior standard deviations that θ* cannot move along a branch within one difference
+_MARGIN = 1e-3  # a block's error is relative to at least this share of the whole gradient
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """Prior and φ, and the blocks of x around them.
+
+    `units` are by block, in the block's shape.
+    """
+
+    prior: GaussianPrior
+    shared: Tensor
+    units: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, density: Density, prior: GaussianPrior, shared: Tensor) -> Point:
+        """θ0 and the factor in prior standard deviations, φ in those of its own prior."""
+        scale = prior.scale.detach()
+        units = {"loc": scale, "log_scale": torch.ones_like(prior.log_scale)}
+        if prior.factor is not None:
+            units["factor"] = scale[:, None].expand_as(prior.factor)
+        if len(shared):
+            units["shared"] = density.shared_scale.to(shared)
+        factor = None if prior.factor is None else prior.factor.detach()
+        prior = prior.moved(prior.loc.detach(), prior.log_scale.detach(), factor)
+        return cls(prior, shared.detach(), units)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of θ0."""
+        return self.prior.loc.dtype
+
+    def to(self, dtype: torch.dtype) -> Point:
+        """In another data type."""
+        prior = self.prior
+        factor = None if prior.factor is None else prior.factor.to(dtype)
+        moved = prior.moved(prior.loc.to(dtype), prior.log_scale.to(dtype), factor)
+        units = {name: u.to(dtype) for name, u in self.units.items()}
+        return Point(moved, self.shared.to(dtype), units)
+
+    def zeros(self) -> Tensor:
+        """x at this point."""
+        return self.prior.loc.new_zeros(sum(u.numel() for u in self.units.values()))
+
+    def split(self, x: Tensor) -> dict[str, Tensor]:
+        """x `[..., n]` by block, `[..., size]`."""
+        sizes = [u.numel() for u in self.units.values()]
+        return dict(zip(self.units, x.split(sizes, -1), strict=True))
+
+    def moved(self, x: Tensor) -> tuple[GaussianPrior, Tensor]:
+        """Prior and φ at x, differentiable in it."""
+        moves = {name: u * self.units[name].flatten() for name, u in self.split(x).items()}
+        prior, factor = self.prior, self.prior.factor
+        if factor is not None:
+            factor = factor + moves["factor"].reshape(factor.shape)
+        shared = self.shared + moves["shared"] if "shared" in moves else self.shared
+        moved = prior.moved(prior.loc + moves["loc"], prior.log_scale + moves["log_scale"], factor)
+        return moved, shared
+
+
+def directions(point: Point, seed: int) -> Tensor:
+    """`[K, n]`, orthonormal, each within one block: all coordinates, or some random directions."""
+    x = point.zeros()
+    if len(x) <= _FEW:
+        return torch.eye(len(x), dtype=x.dtype, device=x.device)
+    noise, parts = generator(seed), []
+    for u in point.units.values():
+        size = u.numel()
+        if size > _RANDOM:
+            drawn = torch.randn(size, _RANDOM, generator=noise, dtype=torch.float64)
+            parts.append(torch.linalg.qr(drawn).Q.T)
+        else:
+            parts.append(torch.eye(size, dtype=torch.float64))
+    return torch.block_diag(*parts).to(x)
+
+
+@dataclass(frozen=True, eq=False)
+class Differences:
+    """Central differences along K directions.
+
+    Attributes:
+        values: `[K, T]`, extrapolated from a whole and a half step (Richardson).
+        gap: `[K, T]`, what the two disagree by: a jump, or a rough objective.
+        losses: `[T]`, at the point itself.
+    """
+
+    values: Tensor
+    gap: Tensor
+    losses: Tensor
+
+    def rough(self, tolerance: float) -> Tensor:
+        """`[T]` bool: the disagreement is no matter of curvature or rounding, and counts."""
+        slope = self.values.abs().amax(0)
+        counts = tolerance * self.values.sum(1).norm()
+        rounding = 1e-11 / _STEP * (1 + self.losses.abs())
+        return (self.gap > torch.maximum(0.05 * slope, counts) + rounding).any(0)
+
+
+def differences(objective: Callable[[Tensor], Tensor], basis: Tensor) -> Differences:
+    """Differences of an objective, x `[n]` to `[T]`, along each row of `basis` `[K, n]`."""
+    middle = objective(torch.zeros_like(basis[0]))
+    values, gaps = [], []
+    for u in basis:
+        ends = [objective(c * _STEP * u) for c in (1, -1, 0.5, -0.5)]
+        whole, half = (ends[0] - ends[1]) / (2 * _STEP), (ends[2] - ends[3]) / _STEP
+        # A jump that is the same on both sides shows in the second differences alone, which a
+        # smooth objective divides by four when the step is halved.
+        bends = (ends[0] + ends[1] - 2 * middle) - 4 * (ends[2] + ends[3] - 2 * middle)
+        values.append((4 * half - whole) / 3)
+        gaps.append(torch.maximum((half - whole).abs(), bends.abs() / (2 * _STEP)))
+    return Differences(torch.stack(values), torch.stack(gaps), middle)
+
+
+def loss_gradient(point: Point, losses: Callable[[GaussianPrior, Tensor], Tensor]) -> Tensor:
+    """d Σ losses / dx `[n]`, of losses `[T]` at a prior and φ."""
+    x = point.zeros().requires_grad_()
+    with torch.enable_grad():
+        total = losses(*point.moved(x)).sum()
+    if not total.requires_grad:
+        return torch.zeros_like(x)
+    (grad,) = torch.autograd.grad(total, x, allow_unused=True)
+    return torch.zeros_like(x) if grad is None else grad
+
+
+@dataclass(eq=False)
+class InnerProblem:
+    """What a strategy adapts by, where it says so: E_i, where its minimiser ends and where it ends.
+
+    Attributes:
+        has_minimum: E_i has the prior in it, so that θ* depends on it.
+        ended: `[T, D]`, where the minimiser stopped.
+        theta: `[T, D]`, the minimum found from there, to rounding.
+        values: eigenvalues of ∇²E at θ, `[T, D]`; None for large D.
+    """
+
+    density: Density
+    point: Point
+    tasks: Tasks
+    minimiser: Minimiser
+    has_minimum: bool
+    ended: Tensor
+    theta: Tensor
+    values: Tensor | None = field(default=None)
+
+    @classmethod
+    def of(cls, strategy: Any, density: Density, point: Point, tasks: Tasks) -> InnerProblem | None:
+        """None for a strategy without a minimiser."""
+        minimiser = getattr(strategy, "minimiser", None)
+        if not hasattr(minimiser, "minimise"):
+            return None
+        has_minimum = bool(getattr(strategy, "with_prior", True))
+        empty = point.prior.loc.new_zeros(len(tasks), density.dim)
+        self = cls(density, point, tasks, minimiser, has_minimum, empty, empty)
+        x = point.zeros()
+        self.ended = self._ended(x)
+        if has_minimum:
+            self.theta = self._minimum(x, self.ended)
+            if density.dim <= MAX_DIM:
+                self.values = torch.linalg.eigvalsh(hessian(self._energy(x), self.theta))
+        return self
+
+    def stats(self) -> dict[str, Tensor]:
+        """Per task `[T]`: distance to the minimum, extreme eigenvalues there."""
+        out = {"distance": self._units(self.ended - self.theta)}
+        if self.values is not None:
+            out |= {"curvature_min": self.values[:, 0], "curvature_max": self.values[:, -1]}
+        return out
+
+    def exact_losses(self, x: Tensor) -> Tensor:
+        """g_i at the minimum on the same branch, `[T]`."""
+        theta = self._minimum(x, self.theta)
+        with torch.no_grad():
+            return self._query(x).loss(theta)
+
+    def dense(self) -> Tensor | None:
+        """The implicit function theorem with a dense solve at θ*; None for large D."""
+        if self.values is None:
+            return None
+        x = self.point.zeros()
+        v = self._query(x).linearise(self.theta).grad.detach()
+        solved = torch.linalg.lstsq(hessian(self._energy(x), self.theta), v[..., None]).solution
+
+        def lagrangian(prior: GaussianPrior, shared: Tensor) -> Tensor:
+            energy = TaskEnergy(self.density, self.tasks.support, shared, prior)
+            loss = TaskEnergy(self.density, self.tasks.query, shared).loss(self.theta)
+            return loss - (solved[..., 0] * energy.linearise(self.theta).grad).sum(-1)
+
+        return loss_gradient(self.point, lagrangian)
+
+    def unrolled_as_run(self) -> Tensor | None:
+        """Through the minimiser's own steps; None if they cannot be unrolled, or are too many."""
+        own = self.minimiser
+        if not isinstance(own, FirstOrder) or own.max_iterations > _MOST_STEPS:
+            return None
+        return self._unrolled(own)
+
+    def unrolled_to_the_end(self) -> Tensor | None:
+        """Through as many steps as it takes; None if that is too many."""
+        if not isinstance(self.minimiser, FirstOrder):
+            return None
+        changes: Any = {"max_iterations": _MOST_STEPS, "tolerance": 1e-11}
+        longer = replace(self.minimiser, **changes)  # type: ignore[type-var]
+        start = self.point.prior.loc.expand_as(self.ended)
+        found = longer.minimise(self._energy(self.point.zeros()), start)
+        there = self._units(found.theta - self.theta) < 1e-6
+        return self._unrolled(longer) if bool(there.all()) else None
+
+    def leaps(self, rough: Tensor, own: Differences, basis: Tensor) -> Tensor:
+        """`[T]` bool: of the rough tasks, those whose θ leaps to another minimum."""
+        if not bool(rough.any()):
+            return rough
+        leaps = torch.zeros_like(rough)
+        for u in basis[own.gap[:, rough].amax(1).topk(min(3, len(basis))).indices]:
+            ends = [self._ended(c * _STEP * u) for c in (1, 0.5, -0.5, -1)]
+            ends.insert(2, self.ended)
+            for a, b in pairwise(ends):
+                leaps |= self._units(a - b) > _LEAP
+        return rough & leaps
+
+    # -- private ----------------------------------------------------------------------------------
+
+    def _energy(self, x: Tensor) -> TaskEnergy:
+        prior, shared = self.point.moved(x)
+        return TaskEnergy(
+            self.density, self.tasks.support, shared, prior if self.has_minimum else None
+        )
+
+    def _query(self, x: Tensor) -> TaskEnergy:
+        return TaskEnergy(self.density, self.tasks.query, self.point.moved(x)[1])
+
+    def _ended(self, x: Tensor) -> Tensor:
+        start = self.point.moved(x)[0].loc.expand(len(self.tasks), -1)
+        return self.minimiser.minimise(self._energy(x), start).theta.detach()
+
+    def _minimum(self, x: Tensor, start: Tensor) -> Tensor:
+        solver = CG(max_iterations=max(100, min(5 * self.density.dim, 1000)))
+        energy = self._energy(x)
+        with torch.no_grad():  # the rounding of ∇E goes with the size of what is summed
+            size = float(energy(start).abs().max())
+        tolerance = min(1e-8, max(1e-13, 1e-15 * size)) if size == size else 1e-8
+        newton = NewtonCG(max_iterations=200, tolerance=tolerance, solver=solver)
+        return newton.minimise(energy, start).theta
+
+    def _unrolled(self, minimiser: Minimiser) -> Tensor:
+        def losses(prior: GaussianPrior, shared: Tensor) -> Tensor:
+            anchor = prior if self.has_minimum else None
+            energy = TaskEnergy(self.density, self.tasks.support, shared, anchor)
+            start = prior.loc.expand(len(self.tasks), -1)
+            theta, _ = prox(energy, start, minimiser=minimiser, adjoint=Unrolled())
+            return TaskEnergy(self.density, self.tasks.query, shared).loss(theta)
+
+        return loss_gradient(self.point, losses)
+
+    def _units(self, offset: Tensor) -> Tensor:
+        """‖offset‖ in prior standard deviations, `[T, D]` to `[T]`."""
+        return (offset / self.point.prior.scale).norm(dim=-1)
+
+
+def compare_blocks(
+    point: Point, basis: Tensor, own: Tensor, reference: Tensor, rounding: float
+) -> dict[str, tuple[float, float, float]]:
+    """`{block: (error, cosine, norm)}` of two gradients along `basis`, `[K]` each.
+
+    An error is relative to the block's reference, or to a small share of the whole, or to
+    `rounding`, whichever is the largest: a block without any gradient has no relative error.
+    """
+    blocks = {name: part.sum(-1) > 0 for name, part in point.split(basis.abs()).items()}
+    blocks["all"] = torch.ones_like(own, dtype=torch.bool)
+    least = max(float(_MARGIN * reference.norm()), rounding)
+    out = {}
+    for name, rows in blocks.items():
+        mine, theirs = own[rows], reference[rows]
+        size = float(mine.norm() * theirs.norm())
+        error = float((mine - theirs).norm()) / max(float(theirs.norm()), least)
+        cosine = float(mine @ theirs) / size if size > 0 else float("nan")
+        out[name] = (error, cosine, float(theirs.norm()))
+    return out
