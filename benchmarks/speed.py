@@ -157,7 +157,8 @@ def cells(row: dict[str, Any], base: float | None) -> list[str]:
         return [row["implementation"], row["failed"], "", f"{row['start_seconds']:.1f}", *errors]
     mark = "~" if row["scaled"] > 1 else ""
     ratio = f"{row['seconds'] / base:.2f}" if base else ""
-    time_text = f"{mark}{1e3 * row['seconds']:.3g}"
+    milliseconds = 1e3 * row["seconds"]
+    time_text = mark + (f"{milliseconds:.3g}" if milliseconds < 1000 else f"{milliseconds:.0f}")
     return [row["implementation"], time_text, ratio, f"{row['start_seconds']:.1f}", *errors]
 
 
@@ -179,9 +180,23 @@ def show(rows: list[dict[str, Any]]) -> None:
         console.print(table)
 
 
+def summary(rows: list[dict[str, Any]]) -> list[str]:
+    """Markdown: a line per workload, a column per implementation, CPU milliseconds per step."""
+    out = ["| workload | " + " | ".join(PEERS) + " |", "| --- |" + " ---: |" * len(PEERS)]
+    for workload in dict.fromkeys(row["workload"] for row in rows):
+        line = {row["implementation"]: row for row in rows if row["workload"] == workload}
+        texts = ["" if name not in line else "failed" for name in PEERS]
+        for k, name in enumerate(PEERS):
+            if "seconds" in line.get(name, {}):
+                texts[k] = cells(line[name], None)[1]
+        out.append(f"| {workload} | " + " | ".join(texts) + " |")
+    return [*out, ""]
+
+
 def markdown(report: dict[str, Any]) -> str:
     """As a file."""
     out = [f"{report['date']}, {report['machine']}; {report['versions']}.", ""]
+    out += ["CPU milliseconds per meta-step:", "", *summary(report["rows"])]
     for title, lines in groups(report["rows"]).items():
         out += [f"**{title}**", "", "| " + " | ".join(HEADER) + " |"]
         out += ["| --- |" + " ---: |" * (len(HEADER) - 1)]

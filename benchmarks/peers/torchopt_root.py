@@ -16,7 +16,7 @@ with warnings.catch_warnings():
 
 
 class TorchoptRoot:
-    """`torchopt.diff.implicit.custom_root`, `solve_cg(maxiter=5, rtol=0, atol=0)`."""
+    """`torchopt.diff.implicit.custom_root`, `solve_cg(maxiter=5, rtol=1e-12)`: with rtol = 0 a solve that arrives divides by 0."""
 
     def __init__(self, workload: Workload) -> None:
         self.workload = w = workload
@@ -30,7 +30,7 @@ class TorchoptRoot:
             slope: Tensor = torch.func.grad(f)(theta, x, y, mask)
             return slope + w.precision * (theta - theta0)
 
-        cg = torchopt.linear_solve.solve_cg(maxiter=w.cg_steps, rtol=0.0, atol=0.0)
+        cg = torchopt.linear_solve.solve_cg(maxiter=w.cg_steps, rtol=1e-12, atol=0.0)
 
         @torchopt.diff.implicit.custom_root(optimality, argnums=1, solve=cg)
         def adapt(theta: Tensor, theta0: Tensor, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
