@@ -16,7 +16,10 @@ with warnings.catch_warnings():
 
 
 class TorchoptRoot:
-    """`torchopt.diff.implicit.custom_root`, `solve_cg(maxiter=5, rtol=1e-12)`: with rtol = 0 a solve that arrives divides by 0."""
+    """`torchopt.diff.implicit.custom_root` with `solve_cg(maxiter=5, rtol=1e-12)`.
+
+    With rtol = 0 its solver divides by 0 where it has arrived early.
+    """
 
     def __init__(self, workload: Workload) -> None:
         self.workload = w = workload
