@@ -14,11 +14,13 @@ from varmeta.inference.fit import Fit, fit
 from varmeta.inference.imaml import IMAML
 from varmeta.inference.joint import JointVariational
 from varmeta.inference.lbfgs import LBFGS
-from varmeta.inference.linear import CG
+from varmeta.inference.linear import CG, Cholesky, Neumann
 from varmeta.inference.maml import FOMAML, MAML, MetaSGD, Reptile
 from varmeta.inference.minimise import Adam, GradientDescent
+from varmeta.inference.minres import MINRES
 from varmeta.inference.newton import NewtonCG
 from varmeta.inference.nuts import PyroNUTS
+from varmeta.inference.nystrom import Nystrom
 from varmeta.inference.pooling import CompletePooling, NoPooling
 from varmeta.inference.prox import Detached, Implicit, OneStep, Unrolled, prox
 from varmeta.inference.stochastic import Langevin, Stochastic
@@ -34,7 +36,9 @@ __all__ = [
     "IMAML",
     "LBFGS",
     "MAML",
+    "MINRES",
     "Adam",
+    "Cholesky",
     "Comparison",
     "CompletePooling",
     "Density",
@@ -47,9 +51,11 @@ __all__ = [
     "JointVariational",
     "Langevin",
     "MetaSGD",
+    "Neumann",
     "NewtonCG",
     "NoPooling",
     "NonFiniteLoss",
+    "Nystrom",
     "OneStep",
     "PyroNUTS",
     "Reptile",

@@ -177,7 +177,7 @@ class StepInfo:
         loss: mean over the batch of the strategy's objective, nats per task.
         gradients: gradient evaluations of one task's loss, a Hessian-vector product counted as two.
         stats: per-task diagnostics `[B]`.
-        worst: the largest of each diagnostic that is a number, where it is known already.
+        worst: the largest of each diagnostic, or for how many tasks it holds, where known already.
     """
 
     loss: float

@@ -139,12 +139,12 @@ def _grad(total: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
 def _read(
     losses: Tensor, before: Tensor, grads: list[Tensor], stats: dict[str, Tensor]
 ) -> tuple[float, bool, dict[str, float]]:
-    """Objective, whether all is finite, and the largest of each diagnostic.
+    """Objective, whether all is finite, and `StepInfo.worst`.
 
     All in one reading, the only time that a step waits for its device.
     """
-    floats = {name: s for name, s in stats.items() if s.is_floating_point()}
     finite = torch.stack([losses.isfinite().all(), *(g.isfinite().all() for g in grads)]).all()
-    wanted = [losses.mean() + before, finite, *(s.max() for s in floats.values())]
+    each = {name: s.sum() if s.dtype == torch.bool else s.max() for name, s in stats.items()}
+    wanted = [losses.mean() + before, finite, *each.values()]
     loss, ok, *worst = torch.stack([w.to(losses.dtype) for w in wanted]).tolist()
-    return loss, ok == 1, dict(zip(floats, worst, strict=True))
+    return loss, ok == 1, dict(zip(each, worst, strict=True))

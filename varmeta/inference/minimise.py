@@ -29,6 +29,7 @@ class Minimum:
         iterations: `[T]` int.
         gradients: batched gradient evaluations, a Hessian-vector product counted as two.
         at: the energy linearised at θ.
+        start_norm: `[T]`, ‖∇E_i‖ at the start.
     """
 
     theta: Tensor
@@ -37,6 +38,26 @@ class Minimum:
     iterations: Tensor
     gradients: int
     at: Linearised
+    start_norm: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Path:
+    """Where a fixed or adaptive number of steps ended.
+
+    Attributes:
+        theta: `[T, D]`, differentiable where it was asked for.
+        start_norm: `[T]`, ‖∇E_i‖ at the start.
+        goal: `[T]`, the norm to reach; 0 in a fixed budget.
+        iterations: `[T]` int.
+        gradients: batched gradient evaluations.
+    """
+
+    theta: Tensor
+    start_norm: Tensor
+    goal: Tensor
+    iterations: Tensor
+    gradients: int
 
 
 class Minimiser(Protocol):
@@ -78,11 +99,12 @@ class FirstOrder(ABC):
         """See `Minimiser.minimise`."""
         energy = as_energy(energy)
         with torch.no_grad():
-            theta, goal, iterations, gradients = self.run(energy, start.detach())
-        at = energy.linearise(theta)
+            path = self.run(energy, start.detach())
+        at = energy.linearise(path.theta)
         norm = at.grad.detach().norm(dim=-1)
-        converged = None if self.tolerance == 0 else norm <= goal
-        return Minimum(theta, norm, converged, iterations, gradients + 1, at)
+        converged = None if self.tolerance == 0 else norm <= path.goal
+        count = path.gradients + 1
+        return Minimum(path.theta, norm, converged, path.iterations, count, at, path.start_norm)
 
     def run(
         self,
@@ -91,7 +113,7 @@ class FirstOrder(ABC):
         *,
         every: int | None = None,
         first_order: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor, int]:
+    ) -> Path:
         """The steps themselves, differentiable in `start` and the energy while grad is enabled.
 
         Args:
@@ -99,13 +121,9 @@ class FirstOrder(ABC):
             start: `[T, D]`.
             every: keep θ only at each so many steps for the way back, and compute the others again.
             first_order: take the gradients as constants.
-
-        Returns:
-            θ `[T, D]`, the norm to reach `[T]` (0 in a fixed budget), steps taken `[T]`, and the
-            number of batched gradient evaluations.
         """
         theta, memory = start, self.begin(start.detach())
-        goal = torch.zeros_like(start[:, 0].detach())
+        goal = start_norm = torch.zeros_like(start[:, 0].detach())
         iterations = torch.zeros(len(start), dtype=torch.long, device=start.device)
         if self.tolerance == 0:
             iterations = iterations + self.max_iterations
@@ -113,19 +131,20 @@ class FirstOrder(ABC):
         size = every or self.max_iterations
 
         def segment(begin: int, theta: Tensor, *memory: Tensor) -> tuple[Tensor, ...]:
-            nonlocal goal, iterations, gradients, reached
+            nonlocal start_norm, goal, iterations, gradients, reached
             for count in range(begin, min(begin + size, self.max_iterations)):
                 grad = energy.gradient(theta.detach() if first_order else theta)
                 grad = grad.detach() if first_order else grad
                 again = count < reached  # computed again on the way back
                 gradients, reached = gradients + 1, max(reached, count + 1)
                 step, memory = self.move(count, grad, memory)
+                if count == 0:
+                    start_norm = grad.detach().norm(dim=-1)
+                    goal = goal_norm(start_norm, self.tolerance, grad.dtype)
                 if self.tolerance == 0:
                     theta = theta + step
                     continue
                 norm = grad.detach().norm(dim=-1)
-                if count == 0:
-                    goal = goal_norm(norm, self.tolerance, grad.dtype)
                 active = norm > goal
                 if not bool(active.any()):
                     break
@@ -140,7 +159,7 @@ class FirstOrder(ABC):
             else:
                 theta, *rest = checkpoint(segment, begin, theta, *memory, use_reentrant=False)
             memory = tuple(rest)
-        return theta, goal, iterations, gradients
+        return Path(theta, start_norm, goal, iterations, gradients)
 
 
 @dataclass(frozen=True, eq=False)

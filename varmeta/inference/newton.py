@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from varmeta.inference.energy import Energy, as_energy
-from varmeta.inference.linear import CG, default_tolerance
+from varmeta.inference.linear import CG, LinearSolver, default_tolerance
 from varmeta.inference.minimise import Minimum, check_budget, goal_norm
 from varmeta.models.programs import Linearised
 
@@ -39,7 +39,7 @@ class NewtonCG:
 
     max_iterations: int = 50
     tolerance: float | None = None
-    solver: CG = field(default_factory=lambda: CG(max_iterations=50))
+    solver: LinearSolver = field(default_factory=lambda: CG(max_iterations=50))
     curvature: Curvature = "hessian"
 
     def __post_init__(self) -> None:
@@ -57,7 +57,8 @@ class NewtonCG:
         theta = start.detach()
         at = energy.linearise(theta)
         value, grad = at.value, at.grad.detach()
-        goal = goal_norm(grad.norm(dim=-1), self.tolerance, grad.dtype)
+        start_norm = grad.norm(dim=-1)
+        goal = goal_norm(start_norm, self.tolerance, grad.dtype)
         flat = default_tolerance(theta.dtype)
         iterations = torch.zeros(len(theta), dtype=torch.long, device=theta.device)
         stalled = torch.zeros_like(goal, dtype=torch.bool)
@@ -98,7 +99,7 @@ class NewtonCG:
             iterations += active
             gradients += 2 * solution.products
         norm = grad.norm(dim=-1)
-        return Minimum(theta, norm, norm <= goal, iterations, gradients, at)
+        return Minimum(theta, norm, norm <= goal, iterations, gradients, at, start_norm)
 
 
 def _decreased(

@@ -32,6 +32,7 @@ class ProxInfo:
     Attributes:
         grad_norm: `[T]`, ‖∇E‖ at θ*, nats per unit; an implicit derivative is as exact as this is
             small.
+        reduction: `[T]`, ‖∇E(θ*)‖ over 1 + ‖∇E(start)‖: what is compared with a tolerance.
         converged: `[T]` bool, the inner minimiser reached its tolerance; None if it has none.
         iterations: `[T]` int, inner iterations.
         residual: `[T]`, relative residual of the adjoint's linear solve; None before backward ran,
@@ -42,6 +43,7 @@ class ProxInfo:
     """
 
     grad_norm: Tensor
+    reduction: Tensor
     converged: Tensor | None
     iterations: Tensor
     residual: Tensor | None
@@ -52,6 +54,7 @@ class ProxInfo:
         """The diagnostics by name, `[T]` each, without those that were never computed."""
         out = {
             "grad_norm": self.grad_norm,
+            "grad_reduction": self.reduction,
             "iterations": self.iterations,
             "negative_curvature": self.negative_curvature,
         }
@@ -66,6 +69,7 @@ class ProxInfo:
         """Before any backward pass."""
         return cls(
             grad_norm=minimum.grad_norm,
+            reduction=minimum.grad_norm / (1 + minimum.start_norm),
             converged=minimum.converged,
             iterations=minimum.iterations,
             residual=None,
@@ -171,16 +175,21 @@ class Unrolled:
                 f"minimiser is {type(minimiser).__name__}, whose steps are chosen by a line search "
                 "and cannot be unrolled: use GradientDescent or Adam, or the adjoint Implicit"
             )
-        theta, goal, iterations, gradients = minimiser.run(
-            energy, start, every=self.checkpoint, first_order=self.first_order
-        )
+        path = minimiser.run(energy, start, every=self.checkpoint, first_order=self.first_order)
         with torch.no_grad():
-            norm = energy.gradient(theta.detach()).detach().norm(dim=-1)
-        if not self.first_order:
-            gradients *= 3  # on the way back each step is one product and one gradient again
-        negative = torch.zeros_like(norm, dtype=torch.bool)
-        converged = None if minimiser.tolerance == 0 else norm <= goal
-        return theta, ProxInfo(norm, converged, iterations, None, negative, gradients + 1)
+            norm = energy.gradient(path.theta.detach()).norm(dim=-1)
+        # On the way back each step is one product and one gradient again.
+        gradients = path.gradients * (1 if self.first_order else 3) + 1
+        info = ProxInfo(
+            grad_norm=norm,
+            reduction=norm / (1 + path.start_norm),
+            converged=None if minimiser.tolerance == 0 else norm <= path.goal,
+            iterations=path.iterations,
+            residual=None,
+            negative_curvature=torch.zeros_like(norm, dtype=torch.bool),
+            gradients=gradients,
+        )
+        return path.theta, info
 
 
 @dataclass(frozen=True)
