@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from varmeta.models.simplify import simplify
 from varmeta.seeds import generator
 
 Program = Callable[..., Any]
-CALLS_BEFORE_CAPTURE = 50  # tracing costs as much as a few hundred calls save; one-offs never pay
+CALLS_BEFORE_CAPTURE = 20  # tracing costs as much as a few hundred calls save; one-offs never pay
 KEPT_SHAPES = 32
 
 
@@ -127,12 +128,11 @@ def trace(function: Program, tensors: Sequence[Tensor]) -> torch.fx.GraphModule:
         first = (str(error).splitlines() or [""])[0]
         raise Unrecordable(f"{type(error).__name__}: {first}") from error
     program.graph.eliminate_dead_code()
-    program.recompile()
     for node in program.graph.nodes:
         schema = getattr(node.target, "_schema", None)
         if schema is not None and schema.is_mutable:
             raise Unrecordable(f"{node.target} writes in place")
-    return program
+    return simplify(program, tensors)
 
 
 def agree(program: Program, function: Program, tensors: Sequence[Tensor], *, exact: bool) -> None:

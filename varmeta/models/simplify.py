@@ -1,0 +1,125 @@
+"""Simplify a recorded program without changing a bit of what it returns.
+
+Recordings of `vmap` over Pyro are half bookkeeping: views of the same shape, products with 1,
+constants computed anew. Each costs a dispatch, which for a small model is as much as arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+_aten = torch.ops.aten
+_ONES = {_aten.mul.Scalar, _aten.mul.Tensor, _aten.div.Tensor, _aten.pow.Tensor_Scalar}
+_ZEROS = {_aten.add.Tensor, _aten.sub.Tensor}
+
+
+def simplify(program: GraphModule, tensors: Sequence[Tensor]) -> GraphModule:
+    """The same program with fewer operations, for arguments of these shapes.
+
+    Args:
+        program: operations on tensors, nothing in place; changed.
+        tensors: arguments of the shapes and types that it was recorded with.
+
+    Returns:
+        `program`: without operations that change nothing, with what depends on no argument
+        computed once, and with equal operations shared.
+    """
+    values = _Values(program)
+    with torch.no_grad():
+        values.run(*tensors)
+    _fold_constants(program, values.seen)
+    _drop_identities(program, values.seen)
+    _share_equals(program)
+    program.graph.eliminate_dead_code()
+    program.recompile()
+    return program
+
+
+class _Values(Interpreter):
+    """Runs a program and keeps every value."""
+
+    def __init__(self, program: GraphModule) -> None:
+        super().__init__(program)
+        self.seen: dict[Node, Any] = {}
+
+    def run_node(self, n: Node) -> Any:
+        self.seen[n] = super().run_node(n)
+        return self.seen[n]
+
+
+def _fold_constants(program: GraphModule, values: dict[Node, Any]) -> None:
+    graph, constant = program.graph, set[Node]()
+    for node in list(graph.nodes):
+        if node.op == "get_attr" or (
+            node.op == "call_function" and all(a in constant for a in node.all_input_nodes)
+        ):
+            constant.add(node)
+    for index, node in enumerate(graph.nodes):
+        used = any(user not in constant for user in node.users)
+        if node in constant and used and isinstance(values[node], Tensor):
+            name = f"_folded_{index}"
+            program.register_buffer(name, values[node].detach().clone(), persistent=False)
+            with graph.inserting_before(node):
+                fetched = graph.get_attr(name)
+            values[fetched] = values[node]
+            node.replace_all_uses_with(fetched)
+    graph.eliminate_dead_code()
+
+
+def _drop_identities(program: GraphModule, values: dict[Node, Any]) -> None:
+    """Views of what there is already, and arithmetic that changes nothing."""
+    views: dict[Any, Node] = {}
+    for node in list(program.graph.nodes):
+        value = values.get(node)
+        if not isinstance(value, Tensor):
+            continue
+        # All values are alive and nothing is written in place: what lies at the same place in the
+        # same way is the same tensor.
+        place = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
+        same = views.setdefault(place, node)
+        if same is node and _is_identity(node, values):
+            same = views[place] = node.args[0]  # type: ignore[assignment]
+        if same is not node and node.op == "call_function":
+            node.replace_all_uses_with(same)
+            program.graph.erase_node(node)
+
+
+def _is_identity(node: Node, values: dict[Node, Any]) -> bool:
+    """x · 1, x / 1, x¹, x + 0, x − 0."""
+    if node.op != "call_function" or len(node.args) != 2 or node.kwargs:
+        return False
+    source, number = node.args
+    if not isinstance(source, Node) or not isinstance(number, (int, float)):
+        return False
+    one, zero = node.target in _ONES and number == 1, node.target in _ZEROS and number == 0
+    if not (one or zero):
+        return False
+    value, before = values[node], values[source]
+    return bool(value.shape == before.shape and value.dtype == before.dtype)
+
+
+def _share_equals(program: GraphModule) -> None:
+    seen: dict[Any, Node] = {}
+    for node in list(program.graph.nodes):
+        if node.op not in ("call_function", "get_attr"):
+            continue
+        key = (node.op, node.target, _frozen(node.args), _frozen(node.kwargs))
+        if key in seen:
+            node.replace_all_uses_with(seen[key])
+            program.graph.erase_node(node)
+        else:
+            seen[key] = node
+
+
+def _frozen(value: Any) -> Any:
+    """Hashable; 1, 1.0 and True stay apart."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_frozen(v) for v in value)
+    if isinstance(value, dict):
+        return tuple((k, _frozen(v)) for k, v in value.items())
+    return value if isinstance(value, Node) else (type(value).__name__, str(value))
