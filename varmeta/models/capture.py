@@ -132,7 +132,10 @@ def trace(function: Program, tensors: Sequence[Tensor]) -> torch.fx.GraphModule:
         schema = getattr(node.target, "_schema", None)
         if schema is not None and schema.is_mutable:
             raise Unrecordable(f"{node.target} writes in place")
-    return simplify(program, tensors)
+    try:
+        return simplify(program, tensors)
+    except RuntimeError as error:  # within torch.func tensors lie nowhere
+        raise Unrecordable(str(error).splitlines()[0]) from error
 
 
 def agree(program: Program, function: Program, tensors: Sequence[Tensor], *, exact: bool) -> None:
