@@ -67,6 +67,11 @@ class MAML(MetaGradient):
         """How the steps are differentiated."""
         return Unrolled(checkpoint=self.checkpoint)
 
+    @property
+    def kept_vectors(self) -> int:
+        """See `MetaGradient.kept_vectors`: one more for each step."""
+        return super().kept_vectors + self.minimiser.max_iterations
+
     def steps_of(self, state: State) -> FirstOrder:
         """The inner minimiser as it stands."""
         return self.minimiser

@@ -22,6 +22,7 @@ from varmeta.inference.base import (
     update,
     with_query,
 )
+from varmeta.inference.memory import bytes_per_task
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.tasks import Tasks, TaskSource
@@ -54,6 +55,11 @@ class MetaGradient(Strategy):
             sensible with fixed scales.
         tasks_at_once: adapt so many tasks of a batch together, to bound the memory of a step; the
             gradient is the same. None for all of them.
+        memory: or, as many as fit so many GiB, measured on the longest task of the first batch;
+            None for no limit.
+
+    Raises:
+        ValueError: a number that is not positive; both of the last two.
     """
 
     steps: int = 200
@@ -61,12 +67,15 @@ class MetaGradient(Strategy):
     learn_scale: bool = True
     folds: int | None = 5
     tasks_at_once: int | None = None
+    memory: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "learning_rate", "tasks_at_once"):
+        for name in ("steps", "learning_rate", "tasks_at_once", "memory"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if self.tasks_at_once is not None and self.memory is not None:
+            raise ValueError("give tasks_at_once or memory, not both")
 
     @property
     def num_steps(self) -> int:
@@ -101,7 +110,7 @@ class MetaGradient(Strategy):
         leaves = state.meta.leaves()
         before = state.meta.log_prior() / -batch.total
         grads = list(_grad(before, leaves))
-        parts, count = batch.split(self.tasks_at_once), len(batch.tasks)
+        parts, count = batch.split(self._part_size(density, state, batch)), len(batch.tasks)
         all_losses, reports = [], []
         for part in parts:
             losses, report = self.task_losses(density, state, part, generator)
@@ -119,6 +128,20 @@ class MetaGradient(Strategy):
         self.apply(state, leaves, grads)
         spent = sum(len(p.tasks) * r.gradients for p, r in zip(parts, reports, strict=True))
         return StepInfo(loss, spent, stats, worst)
+
+    @property
+    def kept_vectors(self) -> int:
+        """Tensors of θ's size that adapting a task keeps, beside the model's activations."""
+        return 12  # of the solver, the minimiser and their way back
+
+    def _part_size(self, density: Density, state: State, batch: Batch) -> int | None:
+        if self.memory is None:
+            return self.tasks_at_once
+        if "part" not in state.cache:
+            prior, shared = state.meta.fixed()
+            each = bytes_per_task(density, prior, shared, batch.tasks, self.kept_vectors)
+            state.cache["part"] = max(int(self.memory * 2**30 / each), 1)
+        return int(state.cache["part"])
 
     def apply(self, state: State, leaves: list[Tensor], grads: list[Tensor]) -> None:
         """Move what is learned along its gradient."""

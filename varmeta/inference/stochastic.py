@@ -199,6 +199,12 @@ class Stochastic(MetaGradient):
             )
 
     @property
+    def kept_vectors(self) -> int:
+        """See `MetaGradient.kept_vectors`: pathwise keeps every step of every particle."""
+        length = self.algorithm.run_length if self.estimator == "pathwise" else 1
+        return super().kept_vectors + self.particles * length
+
+    @property
     def name(self) -> str:
         """`Stochastic`, with the estimator unless it is pathwise."""
         return "Stochastic" + (" (score)" if self.estimator == "score" else "")
