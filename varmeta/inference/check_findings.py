@@ -194,8 +194,8 @@ def _solver(e: Evidence) -> Iterator[str]:
     after = "" if products is None else f" at {products} products"
     yield (
         f"{_count(e, residual > e.tolerance)}: {type(solver).__name__} stopped{after} with "
-        f"residual {residual.max():.2g}: raise its budget, give it a preconditioner (Nystrom), or use "
-        "Cholesky where there are few coordinates"
+        f"residual {residual.max():.2g}: raise its budget, give it a preconditioner "
+        "(Nystrom), or use Cholesky where there are few coordinates"
     )
 
 
@@ -204,9 +204,9 @@ def _rounding(e: Evidence) -> Iterator[str]:
     if error > 0.1 * e.tolerance:
         name = str(e.dtype).removeprefix("torch.")
         yield (
-            f"{name}: the loss of a task is a sum over up to {e.rows} rows and its rounding costs "
-            f"{error:.1g} of the gradient; use float64 (tasks.to(torch.float64), and a density and "
-            "prior made from them)"
+            f"{name}: the loss of a task is a sum over up to {e.rows} rows; its rounding, and the "
+            f"looser tolerance that this allows, cost {error:.1g} of the gradient: use float64 "
+            "(tasks.to(torch.float64), and a density and prior made from them)"
         )
 
 

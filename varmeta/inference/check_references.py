@@ -177,7 +177,7 @@ class InnerProblem:
     @classmethod
     def of(cls, strategy: Any, density: Density, point: Point, tasks: Tasks) -> InnerProblem | None:
         """None for a strategy without a minimiser."""
-        minimiser = getattr(strategy, "minimiser", None)
+        minimiser: Any = getattr(strategy, "minimiser", None)
         if not hasattr(minimiser, "minimise"):
             return None
         has_minimum = bool(getattr(strategy, "with_prior", True))
@@ -188,7 +188,9 @@ class InnerProblem:
         if has_minimum:
             self.theta = self._minimum(x, self.ended)
             if density.dim <= MAX_DIM:
-                self.values = torch.linalg.eigvalsh(hessian(self._energy(x), self.theta))
+                dense = hessian(self._energy(x), self.theta)
+                if bool(dense.isfinite().all()):
+                    self.values = torch.linalg.eigvalsh(dense)
         return self
 
     def stats(self) -> dict[str, Tensor]:
@@ -210,12 +212,12 @@ class InnerProblem:
             return None
         x = self.point.zeros()
         v = self._query(x).linearise(self.theta).grad.detach()
-        solved = torch.linalg.lstsq(hessian(self._energy(x), self.theta), v[..., None]).solution
+        solved = _solve(hessian(self._energy(x), self.theta), v)
 
         def lagrangian(prior: GaussianPrior, shared: Tensor) -> Tensor:
             energy = TaskEnergy(self.density, self.tasks.support, shared, prior)
             loss = TaskEnergy(self.density, self.tasks.query, shared).loss(self.theta)
-            return loss - (solved[..., 0] * energy.linearise(self.theta).grad).sum(-1)
+            return loss - (solved * energy.linearise(self.theta).grad).sum(-1)
 
         return loss_gradient(self.point, lagrangian)
 
@@ -265,13 +267,17 @@ class InnerProblem:
         return self.minimiser.minimise(self._energy(x), start).theta.detach()
 
     def _minimum(self, x: Tensor, start: Tensor) -> Tensor:
+        energy, small = self._energy(x), self.density.dim <= MAX_DIM
         solver = CG(max_iterations=max(100, min(5 * self.density.dim, 1000)))
-        energy = self._energy(x)
-        with torch.no_grad():  # the rounding of ∇E goes with the size of what is summed
-            size = float(energy(start).abs().max())
-        tolerance = min(1e-8, max(1e-13, 1e-15 * size)) if size == size else 1e-8
-        newton = NewtonCG(max_iterations=200, tolerance=tolerance, solver=solver)
-        return newton.minimise(energy, start).theta
+        newton = NewtonCG(max_iterations=200, tolerance=1e-9 if small else 1e-11, solver=solver)
+        theta = newton.minimise(energy, start).theta
+        for _ in range(2 if small else 0):  # to rounding, without a line search that stalls there
+            at = energy.linearise(theta).grad.detach()
+            trial = theta - _solve(hessian(energy, theta), at)
+            after = energy.linearise(trial).grad.detach()
+            better = after.norm(dim=-1) < at.norm(dim=-1)
+            theta = torch.where(better[:, None], trial, theta)
+        return theta
 
     def _unrolled(self, minimiser: Minimiser) -> Tensor:
         def losses(prior: GaussianPrior, shared: Tensor) -> Tensor:
@@ -286,6 +292,12 @@ class InnerProblem:
     def _units(self, offset: Tensor) -> Tensor:
         """‖offset‖ in prior standard deviations, `[T, D]` to `[T]`."""
         return (offset / self.point.prior.scale).norm(dim=-1)
+
+
+def _solve(matrix: Tensor, b: Tensor) -> Tensor:
+    """A⁻¹b, `[T, D, D]` and `[T, D]`; NaN where A is singular."""
+    solution, info = torch.linalg.solve_ex(matrix, b[..., None])
+    return torch.where(info[:, None] == 0, solution[..., 0], float("nan"))
 
 
 def compare_blocks(
