@@ -239,7 +239,9 @@ def _score(
                 "sd_ratio": np.nan,
             }
             if held_out is not None:
-                lpd[name] = posterior.log_predictive(held_out, draws, generator(seed, 0))
+                lpd[name] = posterior.log_predictive(
+                    held_out, draws, generator(seed, 0, device=held_out.mask.device)
+                )
                 row["elpd"], row["elpd_se"] = _per_row(lpd[name], held_out)
                 row["rmse"], row["coverage"] = _accuracy(posterior, held_out, draws, seed)
             if reference is not None:
@@ -276,7 +278,7 @@ def _accuracy(posterior: TaskPosterior, tasks: Tasks, draws: int, seed: int) -> 
     """RMSE of the predictive mean and coverage of the central 90% interval; NaN for categories."""
     if not tasks.targets.is_floating_point():
         return float("nan"), float("nan")
-    predicted = posterior.predict(tasks, draws, generator(seed, 1))
+    predicted = posterior.predict(tasks, draws, generator(seed, 1, device=tasks.mask.device))
     if len(predicted) > 1:  # several observed sites: which is the target is the model's secret
         return float("nan"), float("nan")
     values = next(iter(predicted.values()))[:, tasks.mask].to(tasks.targets)

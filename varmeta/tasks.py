@@ -338,6 +338,7 @@ class TaskSource:
     Args:
         draw: makes one batch of (usually split) tasks from a `torch.Generator`.
         seed: of the stream; batch k is always the same, so that interrupted runs can be resumed.
+        device: where batches are moved once they are drawn; None leaves them where they are.
 
     Example:
         >>> from varmeta.models import sinusoids
@@ -346,13 +347,21 @@ class TaskSource:
         Tasks(4 × 'sinusoid', 60 rows, 40 query, 15 to 15 each)
     """
 
-    def __init__(self, draw: Callable[[torch.Generator], Tasks], *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        draw: Callable[[torch.Generator], Tasks],
+        *,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+    ) -> None:
         self.draw = draw
         self.seed = seed
+        self.device = device
 
     def batch(self, step: int) -> Tasks:
         """Batch number `step`."""
-        return self.draw(generator(self.seed, step))
+        drawn = self.draw(generator(self.seed, step))
+        return drawn if self.device is None else drawn.to(device=self.device)
 
 
 def _pad(rows: Tensor, width: int) -> Tensor:

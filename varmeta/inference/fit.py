@@ -92,7 +92,7 @@ class Fit:
         """
         tasks.require_rows("tasks")
         posterior = self.strategy.adapt(
-            self.density, self.state, tasks.unsplit, generator(self.seed, _ADAPT)
+            self.density, self.state, tasks.unsplit, _noise(self.density, self.seed, _ADAPT)
         )
         _report(self.strategy.name, posterior.stats)
         return posterior
@@ -106,7 +106,10 @@ class Fit:
         if isinstance(self.tasks, TaskSource):
             raise ValueError("a stream's tasks are not kept; use fit.adapt(tasks) with your tasks")
         return self.strategy.posterior(
-            self.density, self.state, self.tasks.unsplit, generator(self.seed, _ADAPT)
+            self.density,
+            self.state,
+            self.tasks.unsplit,
+            _noise(self.density, self.seed, _ADAPT),
         )
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -139,7 +142,8 @@ def fit(
     """Learn the prior from `tasks` with `strategy`.
 
     Strategies that need a query part use the tasks' own split, or cross-validate; the others use
-    all rows. The same seed gives the same result, interrupted or not.
+    all rows. The same seed gives the same result, interrupted or not. It runs where the tasks are:
+    `tasks.to(device="cuda")` before the density is built moves all of it to a GPU.
 
     Args:
         strategy: its `num_steps` says how long.
@@ -169,7 +173,7 @@ def fit(
     prior = prior or GaussianPrior.from_density(density)
     if prior.dim != density.dim:
         raise ValueError(f"prior has {prior.dim} coordinates, the density {density.dim}")
-    state = strategy.init(density, prior, training, generator(seed, _INIT))
+    state = strategy.init(density, prior, training, _noise(density, seed, _INIT))
     run = _Run(strategy, density, tasks, training, state, seed, batch_size)
     path = Path(checkpoint) if checkpoint is not None else None
     if path is not None and path.exists():
@@ -231,7 +235,10 @@ class _Run:
                 batch = self._batch(state.step)
                 self.whole = False
                 info = self.strategy.step(
-                    self.density, state, batch, generator(self.seed, _STEP, state.step)
+                    self.density,
+                    state,
+                    batch,
+                    _noise(self.density, self.seed, _STEP, state.step),
                 )
                 state.step += 1
                 seconds += time.perf_counter() - start
@@ -299,6 +306,11 @@ class _Run:
                 fill = float("nan") if value.is_floating_point() else 0
                 self.stats[name] = value.new_full((len(self.training),), fill)
             self.stats[name][batch.index] = value.detach()
+
+
+def _noise(density: Density, seed: int, *stream: int) -> torch.Generator:
+    """Where the model is: the same seed gives other numbers on another kind of device."""
+    return generator(seed, *stream, device=density.shared_init.device)
 
 
 @contextmanager

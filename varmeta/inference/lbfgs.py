@@ -63,7 +63,8 @@ class LBFGS:
         energy = as_energy(energy)
         theta = start.detach()
         value, grad = _evaluate(energy, theta)
-        goal = goal_norm(grad.norm(dim=-1), self.tolerance, grad.dtype)
+        start_norm = grad.norm(dim=-1)
+        goal = goal_norm(start_norm, self.tolerance, grad.dtype)
         memory = _Memory.empty(theta, self.history)
         iterations = torch.zeros(len(theta), dtype=torch.long, device=theta.device)
         stalled = torch.zeros_like(goal, dtype=torch.bool)
@@ -94,7 +95,7 @@ class LBFGS:
         at = energy.linearise(theta)
         converged = grad.norm(dim=-1) <= goal
         norm = at.grad.detach().norm(dim=-1)
-        return Minimum(theta, norm, converged, iterations, gradients + 1, at)
+        return Minimum(theta, norm, converged, iterations, gradients + 1, at, start_norm)
 
 
 @dataclass(frozen=True, eq=False)

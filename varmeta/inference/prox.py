@@ -168,12 +168,18 @@ class Unrolled:
         """See `Adjoint.solve`.
 
         Raises:
-            ValueError: a minimiser with a line search, whose steps have no derivative.
+            ValueError: a minimiser with a line search, whose steps have no derivative, or of less
+                than full precision.
         """
         if not isinstance(minimiser, FirstOrder):
             raise ValueError(
                 f"minimiser is {type(minimiser).__name__}, whose steps are chosen by a line search "
                 "and cannot be unrolled: use GradientDescent or Adam, or the adjoint Implicit"
+            )
+        if minimiser.precision != "full":
+            raise ValueError(
+                f"precision is {minimiser.precision!r}, and unrolled steps are differentiated at "
+                "full precision: leave it 'full', or use the adjoint Implicit"
             )
         path = minimiser.run(energy, start, every=self.checkpoint, first_order=self.first_order)
         with torch.no_grad():

@@ -325,7 +325,12 @@ def _call(program: Any, *tensors: Tensor) -> Tensor:
 
 
 def _key(name: str, tensors: Sequence[Tensor]) -> Any:
-    return (name, *((t.shape, t.dtype, t.device) for t in tensors))
+    device = tensors[0].device.type
+    return (
+        name,
+        torch.is_autocast_enabled(device),
+        *((t.shape, t.dtype, t.device) for t in tensors),
+    )
 
 
 def _plain(tensors: Sequence[Tensor]) -> list[Tensor]:
