@@ -9,7 +9,7 @@ TORCH := "$$(grep '^torch==' constraints.txt)"
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test bench check format test-arviz1 clean
+.PHONY: help venv demo test bench gpu check format test-arviz1 clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,10 @@ test: venv ## the tests and every example in the documentation
 bench: .venv/.bench ## seconds per meta-step against JAX, TorchOpt and others; Figure 2 of the paper
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.figure2
+
+gpu: .venv/.bench ## the tests and timings that need a CUDA device; says so where there is none
+	$(BIN)/python -m pytest -rs tests/test_gpu.py $(PYTEST_ARGS)
+	$(BIN)/python -m benchmarks.gpu
 
 .venv/.bench: .venv/.installed pyproject.toml
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,bench]'
