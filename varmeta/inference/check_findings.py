@@ -186,8 +186,12 @@ def _unsolved(e: Evidence, agrees: bool) -> Iterator[str]:
 
 
 def _solver(e: Evidence) -> Iterator[str]:
-    residual = e.column("residual")
-    if residual is None or not residual.max() > e.tolerance:
+    residual, negative = e.column("residual"), e.column("negative_curvature")
+    if residual is None:
+        return
+    if negative is not None:  # stopped for another reason than its budget
+        residual = np.where(negative.astype(bool), 0.0, residual)
+    if not residual.max() > e.tolerance:
         return
     solver = getattr(e.adjoint, "solver", None)
     products = getattr(solver, "max_iterations", getattr(solver, "terms", None))
