@@ -273,9 +273,8 @@ def wells(theta0: float, targets: list[float]) -> Case:
 
     tasks = Tasks.from_list([(tensor([[0.0], [1.0]]), tensor([y, 1.5])) for y in targets])
     tasks = replace(tasks, is_query=torch.tensor([[False, True]]).expand(len(targets), -1))
-    return Case(
-        Density(model, tasks), tasks, GaussianPrior.create(tensor([theta0]), 1.0), tensor([])
-    )
+    prior = GaussianPrior.create(tensor([theta0]), 1.0)
+    return Case(Density(model, tasks), tasks, prior, tensor([]))
 
 
 def test_a_saddle_is_exposed_and_the_tasks_named() -> None:
