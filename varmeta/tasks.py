@@ -228,7 +228,7 @@ class Tasks:
         """The query parts as tasks of their own; all rows when not split (f and g coincide)."""
         return self._part(self.mask & self.is_query) if self.is_split else self
 
-    @property
+    @cached_property
     def unsplit(self) -> Tasks:
         """The same rows with the split forgotten."""
         return replace(self, is_query=torch.zeros_like(self.is_query), is_split=False)
