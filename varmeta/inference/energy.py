@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -118,7 +119,7 @@ class TaskEnergy:
         out: Tensor = _Loss.apply(self._programs, theta, *self._parameters)
         return out
 
-    @property
+    @cached_property
     def _parameters(self) -> list[Tensor]:
         tasks, prior = self.tasks, self.prior
         out = [self.shared, tasks.inputs, tasks.targets, tasks.mask]

@@ -116,18 +116,17 @@ class CG:
                 break
             ap = matvec(p)
             products += 1
-            curvature = (p * ap).sum(-1)
+            curvature = torch.linalg.vecdot(p, ap)
             iterations += active
             negative |= active & (curvature <= 0)
             active = active & ~negative
             # `where` and not a product with the mask: a stopped task may hold 0/0 here.
-            alpha = (rz / torch.where(active, curvature, 1.0))[:, None]
-            x = torch.where(active[:, None], x + alpha * p, x)
-            r = torch.where(active[:, None], r - alpha * ap, r)
+            alpha = torch.where(active, rz / torch.where(active, curvature, 1.0), 0.0)[:, None]
+            x, r = torch.addcmul(x, alpha, p), torch.addcmul(r, alpha, ap, value=-1)
             z = inverse(r)
-            rr, new = (r * r).sum(-1), (r * z).sum(-1)
-            beta = (new / torch.where(active, rz, 1.0))[:, None]
-            p = torch.where(active[:, None], z + beta * p, p)
+            rr, new = torch.linalg.vecdot(r, r), torch.linalg.vecdot(r, z)
+            beta = torch.where(active, new / torch.where(active, rz, 1.0), 0.0)[:, None]
+            p = torch.addcmul(z, beta, p)
             rz = new
             active = active & (rr.sqrt() > goal) & ~(rz <= 0)
         return Solution(x * scale, relative(rr.sqrt(), size), iterations, negative, products)

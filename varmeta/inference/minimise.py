@@ -100,8 +100,10 @@ class FirstOrder(ABC):
         """What is remembered from step to step, before the first."""
 
     @abstractmethod
-    def move(self, count: int, grad: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        """The step to take after `count` others, and the new memory."""
+    def move(
+        self, count: int, theta: Tensor, grad: Tensor, memory: Memory
+    ) -> tuple[Tensor, Memory]:
+        """θ after one more step, the first `count` being taken, and the new memory."""
 
     def minimise(self, energy: Energy | Callable[[Tensor], Tensor], start: Tensor) -> Minimum:
         """See `Minimiser.minimise`."""
@@ -145,18 +147,18 @@ class FirstOrder(ABC):
                 grad = grad.detach() if first_order else grad
                 again = count < reached  # computed again on the way back
                 gradients, reached = gradients + 1, max(reached, count + 1)
-                step, memory = self.move(count, grad, memory)
+                moved, memory = self.move(count, theta, grad, memory)
                 if count == 0:
                     start_norm = grad.detach().norm(dim=-1)
                     goal = goal_norm(start_norm, self.tolerance, grad.dtype)
                 if self.tolerance == 0:
-                    theta = theta + step
+                    theta = moved
                     continue
                 norm = grad.detach().norm(dim=-1)
                 active = norm > goal
                 if not bool(active.any()):
                     break
-                theta = torch.where(active[:, None], theta + step, theta)
+                theta = torch.where(active[:, None], moved, theta)
                 if not again:
                     iterations = iterations + active
             return theta, *memory
@@ -165,7 +167,9 @@ class FirstOrder(ABC):
             if every is None or not torch.is_grad_enabled():
                 theta, *rest = segment(begin, theta, *memory)
             else:
-                theta, *rest = checkpoint(segment, begin, theta, *memory, use_reentrant=False)
+                theta, *rest = checkpoint(
+                    segment, begin, theta, *memory, use_reentrant=False, early_stop=False
+                )
             memory = tuple(rest)
         return Path(theta, start_norm, goal, iterations, gradients)
 
@@ -197,13 +201,16 @@ class GradientDescent(FirstOrder):
         """The last step, if there is momentum."""
         return (torch.zeros_like(theta),) if self.momentum else ()
 
-    def move(self, count: int, grad: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+    def move(
+        self, count: int, theta: Tensor, grad: Tensor, memory: Memory
+    ) -> tuple[Tensor, Memory]:
         """See `FirstOrder.move`."""
-        step = -self.step_size * grad
         if not self.momentum:
-            return step, ()
-        step = self.momentum * memory[0] + step
-        return step, (step,)
+            if isinstance(self.step_size, Tensor):
+                return theta - self.step_size * grad, ()
+            return torch.sub(theta, grad, alpha=self.step_size), ()
+        step = self.momentum * memory[0] - self.step_size * grad
+        return theta + step, (step,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,15 +245,17 @@ class Adam(FirstOrder):
         """Averages of the gradient and of its square."""
         return torch.zeros_like(theta), torch.zeros_like(theta)
 
-    def move(self, count: int, grad: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
+    def move(
+        self, count: int, theta: Tensor, grad: Tensor, memory: Memory
+    ) -> tuple[Tensor, Memory]:
         """See `FirstOrder.move`."""
         (first, second), (a, b) = memory, self.betas
         first = a * first + (1 - a) * grad
         second = b * second + (1 - b) * grad**2
         # eps² inside the root: its derivative at 0 must be finite for an unrolled run.
         size = (second / (1 - b ** (count + 1)) + self.eps**2).sqrt()
-        step = -self.step_size * (first / (1 - a ** (count + 1))) / size
-        return step, (first, second)
+        step = self.step_size * (first / (1 - a ** (count + 1))) / size
+        return theta - step, (first, second)
 
 
 @contextmanager

@@ -152,7 +152,8 @@ class Unrolled:
     model one θ `[T, D]` for each, for any other function its activations too.
 
     Attributes:
-        checkpoint: keep only every so many-th step and compute the others again on the way back.
+        checkpoint: keep only every so many-th step and compute the others again on the way back;
+            a bare function (not a model) is then evaluated many times over.
         first_order: take the gradients as constants, so that the derivative in `start` is the
             identity (FOMAML) and nothing is kept.
     """

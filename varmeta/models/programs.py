@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from varmeta.models.capture import CALLS_BEFORE_CAPTURE, KEPT_SHAPES, Unrecordable, agree, trace
 
@@ -119,7 +120,7 @@ class Programs:
         plain = _plain(tensors)
         key = _key(name, plain)
         program = self._lookup(key, lambda: self._record(name, function, plain)) or function
-        with torch.no_grad():
+        with torch.no_grad(), _unseen():
             return list(program(*plain))
 
     def _lookup(self, key: Any, record: Callable[[], Any]) -> Any:
@@ -133,7 +134,8 @@ class Programs:
             self._kept.pop(oldest, None)
         if self.compiled or self._calls[key] >= CALLS_BEFORE_CAPTURE:
             try:
-                self._kept[key] = record()
+                with _unseen():
+                    self._kept[key] = record()
                 self.report[key[0]] = "compiled" if self.compiled else "recorded"
             except Unrecordable as error:
                 self._kept[key] = None
@@ -181,7 +183,7 @@ class Programs:
         self, key: Any, gauss_newton: bool, theta: Tensor, *parameters: Tensor
     ) -> Linearised:
         """One gradient graph, gone through once per product; each product counts as a call."""
-        with torch.enable_grad():
+        with torch.enable_grad(), _unseen():
             leaf = theta.detach().requires_grad_()
             value = self.function(leaf, *parameters)
             (grad,) = torch.autograd.grad(value.sum(), leaf, create_graph=not gauss_newton)
@@ -318,6 +320,11 @@ def _named(name: str, wanted: Sequence[bool]) -> str:
     return name + " " + "".join("01"[w] for w in wanted)
 
 
+def _unseen() -> saved_tensors_hooks:
+    """What autograd saves within a program is no business of a checkpoint around it."""
+    return saved_tensors_hooks(lambda t: t, lambda t: t)
+
+
 def _call(program: Any, *tensors: Tensor) -> Tensor:
     with torch.no_grad():
         out: Tensor = program(*tensors)[0]
@@ -325,14 +332,12 @@ def _call(program: Any, *tensors: Tensor) -> Tensor:
 
 
 def _key(name: str, tensors: Sequence[Tensor]) -> Any:
-    device = tensors[0].device.type
-    return (
-        name,
-        torch.is_autocast_enabled(device),
-        *((t.shape, t.dtype, t.device) for t in tensors),
-    )
+    rest = tuple([(t.shape, t.dtype, t.device) for t in tensors])
+    return name, torch.is_autocast_enabled(tensors[0].device.type), rest
 
 
 def _plain(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Without history, and laid out as a compiled program has to assume."""
-    return [t.detach().contiguous() for t in tensors]
+    return [
+        t if not t.requires_grad and t.is_contiguous() else t.detach().contiguous() for t in tensors
+    ]
