@@ -15,7 +15,6 @@ from density_cases import numbers
 from helpers import FLOAT, assert_close, assert_same, case_of, tensor
 from linear_gaussian import LinearGaussian
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointError
 
 from varmeta.inference.energy import Energy, TaskEnergy, as_energy
 from varmeta.inference.lbfgs import LBFGS
@@ -301,7 +300,7 @@ def test_from_the_prior_mean_both_ways_to_it_count(name: str) -> None:
 @pytest.mark.parametrize("which", ["descent", "Adam", "momentum, each task to its own end"])
 def test_checkpointing_changes_nothing_bit_for_bit(name: str, which: str) -> None:
     problem = problem_of(name)
-    for _ in range(9):  # until all is recorded: see below
+    for _ in range(9):
         plain, before = derivative(problem, TRUNCATED[which], Unrolled(), problem.start)
     for every in (1, 3, 100):
         grads, info = derivative(
@@ -312,10 +311,6 @@ def test_checkpointing_changes_nothing_bit_for_bit(name: str, which: str) -> Non
         assert torch.equal(info.grad_norm, before.grad_norm)
 
 
-@pytest.mark.xfail(
-    raises=CheckpointError,
-    reason="the checkpoint sees what autograd saves within a program, which is less once recorded",
-)
 def test_a_recording_may_come_between_there_and_back() -> None:
     """The calls of a derivative are counted, and some number of them makes a recording."""
     problem, results = linear_case(), []
