@@ -10,10 +10,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from adjoint_problems import assert_slopes, slopes
 from density_cases import numbers
 from helpers import FLOAT, Case, assert_close, case_of, leaves_of, tensor
 from linear_gaussian import LinearGaussian
-from test_adjoints import assert_slopes, slopes
 from torch import Tensor
 
 from varmeta.inference.base import Batch, State

@@ -91,13 +91,7 @@ def at(name: str, density: Density | None = None, seed: int = 0, rank: int = 0) 
     ("name", "rank"),
     [
         ("normal", 0),
-        pytest.param(
-            "logistic",
-            0,
-            marks=pytest.mark.xfail(
-                reason="its law writes in place to tensors of its own, which is refused"
-            ),
-        ),
+        ("logistic", 0),
         ("categorical", 2),
         ("network", 1),
     ],

@@ -17,6 +17,7 @@ from varmeta.comparison import compare as run_comparison
 from varmeta.inference.base import Strategy
 from varmeta.inference.imaml import IMAML
 from varmeta.inference.joint import JointVariational
+from varmeta.inference.maml import FOMAML, MAML, MetaSGD, Reptile
 from varmeta.inference.nuts import PyroNUTS
 from varmeta.inference.pooling import CompletePooling, NoPooling
 from varmeta.inference.stochastic import Stochastic
@@ -26,6 +27,10 @@ from varmeta.tasks import Tasks
 
 STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "imaml": IMAML,
+    "maml": MAML,
+    "fomaml": FOMAML,
+    "meta-sgd": MetaSGD,
+    "reptile": Reptile,
     "joint": JointVariational,
     "joint-reset": lambda: JointVariational(reset_every=250),
     "joint-delta": lambda: JointVariational(q="delta"),

@@ -28,8 +28,8 @@ from varmeta.posterior import Delta, TaskPosterior
 from varmeta.tasks import Tasks, TaskSource
 
 
-def _few_steps() -> FirstOrder:
-    return GradientDescent(step_size=0.001, max_iterations=5, tolerance=0)
+def _steps(count: int) -> FirstOrder:
+    return GradientDescent(step_size=0.001, max_iterations=count, tolerance=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class MAML(MetaGradient):
     """
 
     learn_scale: bool = False
-    minimiser: FirstOrder = field(default_factory=_few_steps)
+    minimiser: FirstOrder = field(default_factory=lambda: _steps(5))
     with_prior: bool = False
     checkpoint: int | None = None
 
@@ -161,10 +161,12 @@ class Reptile(MAML):
 
     Attributes:
         learning_rate: ε.
+        minimiser: more steps than MAML's by default: θ0 moves by what they moved.
         shared_learning_rate: of Adam on φ.
     """
 
     learning_rate: float = 0.5
+    minimiser: FirstOrder = field(default_factory=lambda: _steps(50))
     shared_learning_rate: float = 0.05
 
     def __post_init__(self) -> None:

@@ -137,11 +137,11 @@ class FirstOrder(ABC):
         iterations = torch.zeros(len(start), dtype=torch.long, device=start.device)
         if self.tolerance == 0:
             iterations = iterations + self.max_iterations
-        gradients, reached = 0, 0
+        gradients, reached, done = 0, 0, False
         size = every or self.max_iterations
 
         def segment(begin: int, theta: Tensor, *memory: Tensor) -> tuple[Tensor, ...]:
-            nonlocal start_norm, goal, iterations, gradients, reached
+            nonlocal start_norm, goal, iterations, gradients, reached, done
             for count in range(begin, min(begin + size, self.max_iterations)):
                 grad = energy.gradient(theta.detach() if first_order else theta)
                 grad = grad.detach() if first_order else grad
@@ -157,6 +157,7 @@ class FirstOrder(ABC):
                 norm = grad.detach().norm(dim=-1)
                 active = norm > goal
                 if not bool(active.any()):
+                    done = True
                     break
                 theta = torch.where(active[:, None], moved, theta)
                 if not again:
@@ -171,6 +172,8 @@ class FirstOrder(ABC):
                     segment, begin, theta, *memory, use_reentrant=False, early_stop=False
                 )
             memory = tuple(rest)
+            if done:
+                break
         return Path(theta, start_norm, goal, iterations, gradients)
 
 

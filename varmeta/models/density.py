@@ -15,7 +15,7 @@ from torch import Tensor
 
 from varmeta.models.capture import Captured
 from varmeta.models.check_model import check_model
-from varmeta.models.laws import law_parameters, law_with
+from varmeta.models.laws import OutOfPlace, law_parameters, law_with
 from varmeta.models.programs import EnergyFunction, Product, Programs
 from varmeta.models.sites import Model, pyro_untouched, read_sites, reason, run, validation_off
 from varmeta.seeds import global_rng
@@ -300,7 +300,7 @@ class Density:
         return self._row_nats(trace, len(y))
 
     def _row_nats(self, trace: Any, rows: int) -> Tensor:
-        with validation_off():
+        with validation_off(), OutOfPlace():
             trace.compute_log_prob(lambda name, site: name in self.observed)
         total = sum(trace.nodes[n]["log_prob"].reshape(-1, rows).sum(0) for n in self.observed)
         assert isinstance(total, Tensor)

@@ -251,4 +251,5 @@ def _capacitance(scale: Tensor, factor: Tensor) -> Tensor:
     """Cholesky factor of I + FᵀS⁻²F, `[R, R]`."""
     weighted = factor / scale[:, None]
     eye = torch.eye(weighted.shape[1], dtype=weighted.dtype, device=weighted.device)
-    return torch.linalg.cholesky(eye + weighted.T @ weighted)
+    # Positive definite by construction; `cholesky` would wait for the device to see whether it is.
+    return torch.linalg.cholesky_ex(eye + weighted.T @ weighted).L

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from varmeta.models.capture import CALLS_BEFORE_CAPTURE, KEPT_SHAPES, Unrecordable, agree, trace
+from varmeta.models.simplify import direct
 
 EnergyFunction = Callable[..., Tensor]
 Product = Callable[[Tensor], Tensor]
@@ -174,7 +175,7 @@ class Programs:
 
     def _finish(self, graph: torch.fx.GraphModule, tensors: Sequence[Tensor]) -> Any:
         if not self.compiled:
-            return graph
+            return direct(graph)
         import torch._inductor  # seconds to import: only when asked for
 
         return torch._inductor.compile(graph, list(tensors))
