@@ -66,7 +66,7 @@ def test_shipped_problem_without_held_out_rows(workplace: Path) -> None:
     ("arguments", "pieces"),
     [
         (["radom"], ["no shipped problem 'radom'", "eight_schools, radon, sleepstudy"]),
-        (["radon", "--strategies", "imaml,magic"], ["no strategy 'magic'", "imaml, joint"]),
+        (["radon", "--strategies", "imaml,magic"], ["no strategy 'magic'", "imaml, maml"]),
         (["radon", "--target", "x"], ["--target goes with a model of your own"]),
         (["my_model.py:county"], ["--data is missing"]),
         (["my_model.py:county", "--data", "no.csv", *COLUMNS], ["--data: no file 'no.csv'"]),
