@@ -14,8 +14,9 @@ import pytest
 import torch
 from density_cases import CASES, FLOAT, build, numbers, reals
 from pyro.nn import PyroModule, PyroSample
-from torch import nn
+from torch import Tensor, nn
 
+from varmeta.inference.minimise import GradientDescent
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.seeds import generator
@@ -352,3 +353,35 @@ def test_the_original_error_is_kept_as_the_cause():
     with pytest.raises(ValueError) as info:
         Density(raising, TASKS)
     assert isinstance(info.value.__cause__, KeyError)
+
+
+def rounded(x: Tensor, y: Tensor | None = None) -> Tensor:
+    w = pyro.sample("w", dist.Normal(0.0, 3.0))
+    with pyro.plate("rows", len(x)):
+        return pyro.sample("y", dist.Normal(torch.round(w) * x[:, 0], 1.0), obs=y)
+
+
+def incomplete(x: Tensor, y: Tensor | None = None) -> Tensor:
+    w = pyro.sample("w", dist.Normal(0.0, 3.0))
+    mean = torch.special.gammainc(w.exp() * torch.ones(len(x)), x[:, 0].abs() + 1)
+    with pyro.plate("rows", len(x)):
+        return pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (rounded, r"site 'w' changes the log-likelihood, but its gradient is 0 .*\(round\)"),
+        (incomplete, r"not differentiable: .*igamma.*Write that operation with others"),
+    ],
+)
+def test_a_model_without_a_derivative_names_the_operation(model: object, said: str) -> None:
+    tasks = Tasks.from_list([(torch.randn(5, 1), torch.randn(5))])
+    with pytest.raises(ValueError, match=said):
+        Density(model, tasks)  # type: ignore[arg-type]
+
+
+def test_a_tolerance_that_the_data_type_cannot_reach() -> None:
+    start = torch.ones(2, 3)
+    with pytest.raises(ValueError, match=r"tolerance is 1e-12, and torch\.float32 has a precision"):
+        GradientDescent(0.1, tolerance=1e-12).minimise(lambda t: t.square().sum(-1), start)

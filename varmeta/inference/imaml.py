@@ -35,9 +35,10 @@ class IMAML(MetaGradient):
     Attributes:
         minimiser: the inner algorithm.
         adjoint: how its result is differentiated.
-        warm_start: start each training task where its last visit ended, not at θ0. Fewer inner
-            iterations, and the same derivative; but where a task has several minima it may stay in
-            another one than a new task would find. Adapting always starts at θ0.
+        warm_start: start each training task where its last visit ended, not at θ0: a fixed inner
+            budget gets much closer to the minimum, and a tolerance, which is relative to the
+            gradient at the start, is met more tightly. Where a task has several minima it may stay
+            in another one than a new task would find. Adapting always starts at θ0.
         posterior_kind: `"laplace"`, `"delta"`, or `"auto"`: Laplace up to 200 coordinates.
 
     The other attributes are those of `MetaGradient`.
