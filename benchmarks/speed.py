@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import queue
+import re
 import statistics
 import subprocess
 import sys
@@ -87,7 +88,8 @@ class Worker:
             raise RuntimeError(f"no answer within {TIMEOUT:.0f} s") from None
         except BrokenPipeError:
             pass
-        raise RuntimeError("ended: " + " | ".join(self.log))
+        said = re.sub(r'File "[^"]*/', 'File "', " | ".join(self.log))  # paths of this machine
+        raise RuntimeError(f"ended: {said}")
 
     def close(self) -> None:
         """End the process."""

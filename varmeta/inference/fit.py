@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
@@ -25,6 +24,7 @@ from rich.progress import (
 from torch import Tensor
 
 from varmeta.inference.base import Batch, State, StepInfo, Strategy
+from varmeta.inference.diagnostics import note, warn_of
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import TaskPosterior
@@ -32,7 +32,6 @@ from varmeta.seeds import generator
 from varmeta.tasks import Tasks, TaskSource
 
 _BATCH, _STEP, _ADAPT, _INIT = range(4)  # streams of a fit's seed
-_LOOSE = 0.1  # relative residual or gradient above which a derivative is called inexact
 _SECONDS_BETWEEN_CHECKPOINTS = 60.0
 
 
@@ -94,7 +93,7 @@ class Fit:
         posterior = self.strategy.adapt(
             self.density, self.state, tasks.unsplit, _noise(self.density, self.seed, _ADAPT)
         )
-        _report(self.strategy.name, posterior.stats)
+        warn_of(self.strategy.name, posterior.stats)
         return posterior
 
     def posterior(self) -> TaskPosterior:
@@ -195,7 +194,7 @@ def fit(
     result = run.result()
     if path is not None:
         result.save(path)
-    _report(strategy.name, result.stats)
+    warn_of(strategy.name, result.stats)
     return result
 
 
@@ -245,7 +244,7 @@ class _Run:
                 gradients += info.gradients
                 self._record(info, batch, seconds, gradients)
                 self.whole = True
-                bar.update(line, completed=state.step, note=_note(self.rows[-1], len(batch.tasks)))
+                bar.update(line, completed=state.step, note=note(self.rows[-1], len(batch.tasks)))
                 if on_step is not None:
                     on_step(state.step, info)
                 pause()
@@ -354,49 +353,3 @@ def _bar(progress: bool | None) -> Progress:
         console=console,
         disable=hidden,
     )
-
-
-def _note(row: dict[str, float], tasks: int) -> str:
-    note = f"loss {row['loss']:.4g}"
-    if "residual" in row:
-        note += f"  residual {row['residual']:.1e}"
-    if row.get("converged", tasks) < tasks:
-        note += f"  {tasks - row['converged']:.0f} not converged"
-    if row.get("negative_curvature", 0) > 0:
-        note += f"  {row['negative_curvature']:.0f} negative curvature"
-    return note
-
-
-def _report(name: str, stats: Mapping[str, Tensor]) -> None:
-    """Say in plain words what went wrong inside, and what mends it."""
-    size = len(next(iter(stats.values()), ()))
-    unsolved = {
-        "converged": "{} did not reach the inner minimiser's tolerance: raise its max_iterations",
-        "grad_reduction": (
-            "{} kept more than a tenth of the first gradient's norm after the fixed inner budget, "
-            "and an implicit derivative is only as exact as that is small: raise max_iterations or "
-            "the step size, or use NewtonCG"
-        ),
-        "negative_curvature": (
-            "{} met negative curvature in the implicit solve, so that θ* is no minimum and the "
-            "derivative is not its: raise the minimiser's max_iterations, start from a tighter "
-            "prior, or use Implicit(curvature='gauss_newton')"
-        ),
-        "residual": (
-            "{} ended the implicit solve with a relative residual above a tenth: raise the "
-            "solver's max_iterations"
-        ),
-    }
-    bad = {
-        "converged": lambda value: ~value.bool(),
-        "grad_reduction": lambda value: (value > _LOOSE) & ("residual" in stats),
-        "negative_curvature": lambda value: value.bool(),
-        "residual": lambda value: value > _LOOSE,
-    }
-    said = []
-    for key, text in unsolved.items():
-        count = int(bad[key](stats[key]).sum()) if key in stats else 0
-        if count and not (key == "grad_reduction" and "converged" in stats):
-            said.append(text.format(f"{count} of {size} tasks"))
-    if said:
-        warnings.warn(f"{name}: {'; '.join(said)}", RuntimeWarning, stacklevel=3)

@@ -10,14 +10,21 @@ from typing import Any
 import pandas as pd
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from varmeta.models.capture import Captured
 from varmeta.models.check_model import check_model
 from varmeta.models.laws import OutOfPlace, law_parameters, law_with
 from varmeta.models.programs import EnergyFunction, Product, Programs
-from varmeta.models.sites import Model, pyro_untouched, read_sites, reason, run, validation_off
+from varmeta.models.sites import (
+    Answer,
+    Model,
+    pyro_untouched,
+    read_sites,
+    reason,
+    run,
+    validation_off,
+)
 from varmeta.seeds import global_rng
 from varmeta.tasks import Tasks, TaskSource
 
@@ -328,7 +335,7 @@ class Density:
         values |= {name: v for name, v in shared_values.items() if name not in params}
         inside = {s.parameter: params[s.name] for s in self.shared_sites if s.parameter}
         # block: when Pyro itself runs the hierarchy, its handlers must not see this task's sites.
-        with poutine.block(), _Answer(params), pyro_untouched(), validation_off():
+        with poutine.block(), Answer(params), pyro_untouched(), validation_off():
             model = poutine.trace(poutine.condition(run, data=values))
             return model.get_trace(self.model, x, y, inside)
 
@@ -368,28 +375,6 @@ class Density:
                 "the last two dimensions are tasks and coordinates"
             )
         self.check_data(tasks, shared, theta.shape[:-1])
-
-
-class _Answer(Messenger):
-    """Answer params with their values, and draw with `sample`.
-
-    `poutine.substitute` does not know the params of `pyro.module`; and `vmap` can batch `sample`
-    for more distributions than Pyro's `rsample`.
-    """
-
-    def __init__(self, params: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.params = params
-
-    def _pyro_param(self, msg: Any) -> None:
-        if msg["name"] in self.params:
-            msg["value"] = self.params[msg["name"]]
-            msg["done"] = True
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["value"] is None and not msg["is_observed"]:
-            msg["value"] = msg["fn"].sample()
-            msg["done"] = True
 
 
 def _nested_vmap(function: Any, draws: int, per_draw: bool, random: bool = False) -> Any:

@@ -134,6 +134,28 @@ def reason(error: Exception) -> str:
     return f"{type(original).__name__}: {original}".rstrip(". ")
 
 
+class Answer(Messenger):
+    """Answer params with their values, and draw with `sample`.
+
+    `poutine.substitute` does not know the params of `pyro.module`; and `vmap` can batch `sample`
+    for more distributions than Pyro's `rsample`.
+    """
+
+    def __init__(self, params: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.params = params
+
+    def _pyro_param(self, msg: Any) -> None:
+        if msg["name"] in self.params:
+            msg["value"] = self.params[msg["name"]]
+            msg["done"] = True
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["value"] is None and not msg["is_observed"]:
+            msg["value"] = msg["fn"].sample()
+            msg["done"] = True
+
+
 class _DataType(Messenger):
     """Latents and params take the data's floating type, as they do in every later evaluation."""
 

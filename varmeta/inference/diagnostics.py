@@ -1,0 +1,71 @@
+"""What a run says of itself in words: beside the progress bar, and as a warning at the end."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+_LOOSE = 0.1  # relative residual or gradient above which a derivative is called inexact
+
+# Diagnostic, where it is bad, and what to say of so many tasks.
+_FINDINGS: tuple[tuple[str, Callable[[Tensor], Tensor], str], ...] = (
+    (
+        "converged",
+        lambda value: ~value.bool(),
+        "{} did not reach the inner minimiser's tolerance: raise its max_iterations",
+    ),
+    (
+        "grad_reduction",
+        lambda value: value > _LOOSE,
+        "{} kept more than a tenth of the first gradient's norm after the fixed inner budget, and "
+        "an implicit derivative is only as exact as that is small: raise max_iterations or the "
+        "step size, or use NewtonCG",
+    ),
+    (
+        "negative_curvature",
+        lambda value: value.bool(),
+        "{} met negative curvature in the implicit solve, so that θ* is no minimum and the "
+        "derivative is not its: raise the minimiser's max_iterations, start from a tighter prior, "
+        "or use Implicit(curvature='gauss_newton')",
+    ),
+    (
+        "residual",
+        lambda value: value > _LOOSE,
+        "{} ended the implicit solve with a relative residual above a tenth: raise the solver's "
+        "max_iterations",
+    ),
+)
+
+
+def note(row: dict[str, float], tasks: int) -> str:
+    """A step in a few words, for the progress bar."""
+    text = f"loss {row['loss']:.4g}"
+    if "residual" in row:
+        text += f"  residual {row['residual']:.1e}"
+    if row.get("converged", tasks) < tasks:
+        text += f"  {tasks - row['converged']:.0f} not converged"
+    if row.get("negative_curvature", 0) > 0:
+        text += f"  {row['negative_curvature']:.0f} negative curvature"
+    return text
+
+
+def warn_of(name: str, stats: Mapping[str, Tensor]) -> None:
+    """Warn of what was left undone inside, and say what mends it.
+
+    `stats` are diagnostics per task, `[T]` each, as in `ProxInfo.stats`.
+    """
+    # Reducing the gradient is asked of a budget whose result is differentiated implicitly alone.
+    asked = set(stats) - ({"grad_reduction"} if _asks_no_reduction(stats) else set())
+    said = []
+    for key, bad, text in _FINDINGS:
+        count = int(bad(stats[key]).sum()) if key in asked else 0
+        if count:
+            said.append(text.format(f"{count} of {len(stats[key])} tasks"))
+    if said:
+        warnings.warn(f"{name}: {'; '.join(said)}", RuntimeWarning, stacklevel=3)
+
+
+def _asks_no_reduction(stats: Mapping[str, Tensor]) -> bool:
+    return "converged" in stats or "residual" not in stats
