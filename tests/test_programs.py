@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import random
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -362,3 +364,23 @@ def test_more_shapes_than_are_kept_do_no_harm() -> None:
     for _ in range(CALLS):
         check(1)
     assert len(programs._kept) == 1 and len(programs._calls) == KEPT_SHAPES
+
+
+def test_where_compiling_fails_the_model_is_run_as_written(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no C++ compiler found\nand more lines")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of PyTorch's own import
+        inductor = importlib.import_module("torch._inductor")
+    monkeypatch.setattr(inductor, "compile", broken)
+    plain = at("normal")
+    wanted = plain.everything()
+    hopeful = at("normal", plain.density.compiled())
+    assert_same(hopeful.everything(), wanted)
+    assert set(hopeful.density.execution().values()) == {
+        "as written: RuntimeError: no C++ compiler found"
+    }
+    assert "is run as written: RuntimeError: no C++ compiler found" in caplog.text

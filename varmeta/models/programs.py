@@ -178,7 +178,11 @@ class Programs:
             return direct(graph)
         import torch._inductor  # seconds to import: only when asked for
 
-        return torch._inductor.compile(graph, list(tensors))
+        try:
+            return torch._inductor.compile(graph, list(tensors))
+        except Exception as error:  # without a C++ compiler, say
+            first = (str(error).splitlines() or [""])[0]
+            raise Unrecordable(f"{type(error).__name__}: {first}") from error
 
     def _graph(
         self, key: Any, gauss_newton: bool, theta: Tensor, *parameters: Tensor
