@@ -105,15 +105,20 @@ def record(function: Program, tensors: Sequence[Tensor]) -> Program | None:
     """
     plain = [t.detach() for t in tensors]
     try:
-        program = trace(function, plain)
+        # As it is: what is shared would add up its gradients in another order.
+        program = trace(function, plain, simpler=False)
         agree(program, function, plain, exact=True)
     except Unrecordable:
         return None
     return program
 
 
-def trace(function: Program, tensors: Sequence[Tensor]) -> torch.fx.GraphModule:
+def trace(
+    function: Program, tensors: Sequence[Tensor], *, simpler: bool = True
+) -> torch.fx.GraphModule:
     """The function's tensor operations as a graph, nothing in it done in place.
+
+    `simpler` leaves out what changes nothing (`simplify`).
 
     Raises:
         Unrecordable: they depend on values, or write in place.
@@ -132,6 +137,9 @@ def trace(function: Program, tensors: Sequence[Tensor]) -> torch.fx.GraphModule:
         schema = getattr(node.target, "_schema", None)
         if schema is not None and schema.is_mutable:
             raise Unrecordable(f"{node.target} writes in place")
+    if not simpler:
+        program.recompile()
+        return program
     try:
         return simplify(program, tensors)
     except RuntimeError as error:  # within torch.func tensors lie nowhere

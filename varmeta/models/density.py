@@ -14,7 +14,8 @@ from torch import Tensor
 
 from varmeta.models.capture import Captured
 from varmeta.models.check_model import check_model
-from varmeta.models.laws import OutOfPlace, law_parameters, law_with
+from varmeta.models.laws import law_parameters, law_with
+from varmeta.models.operations import BatchedOperations
 from varmeta.models.programs import EnergyFunction, Product, Programs
 from varmeta.models.sites import (
     Answer,
@@ -307,7 +308,7 @@ class Density:
         return self._row_nats(trace, len(y))
 
     def _row_nats(self, trace: Any, rows: int) -> Tensor:
-        with validation_off(), OutOfPlace():
+        with validation_off(), BatchedOperations():
             trace.compute_log_prob(lambda name, site: name in self.observed)
         total = sum(trace.nodes[n]["log_prob"].reshape(-1, rows).sum(0) for n in self.observed)
         assert isinstance(total, Tensor)
@@ -335,7 +336,13 @@ class Density:
         values |= {name: v for name, v in shared_values.items() if name not in params}
         inside = {s.parameter: params[s.name] for s in self.shared_sites if s.parameter}
         # block: when Pyro itself runs the hierarchy, its handlers must not see this task's sites.
-        with poutine.block(), Answer(params), pyro_untouched(), validation_off():
+        with (
+            poutine.block(),
+            Answer(params),
+            pyro_untouched(),
+            validation_off(),
+            BatchedOperations(),
+        ):
             model = poutine.trace(poutine.condition(run, data=values))
             return model.get_trace(self.model, x, y, inside)
 

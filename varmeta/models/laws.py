@@ -1,4 +1,4 @@
-"""The laws of observed rows: recordable, and their parameters read and replaced."""
+"""The laws of observed rows: their parameters, read and replaced, for Gauss–Newton products."""
 
 from __future__ import annotations
 
@@ -7,23 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, softplus
-from torch.overrides import TorchFunctionMode
-
-
-class OutOfPlace(TorchFunctionMode):
-    """Bernoulli log-probabilities without writing in place, which could not be recorded.
-
-    PyTorch's `binary_cross_entropy_with_logits` does so under `vmap`. It is softplus(l) − y·l.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        given = {name: value for name, value in kwargs.items() if value is not None}
-        if func is binary_cross_entropy_with_logits and given == {"reduction": "none"}:
-            logits, target = args
-            return softplus(logits) - target * logits
-        return func(*args, **kwargs)
 
 
 def law_parameters(law: Any) -> list[Tensor]:
