@@ -128,7 +128,8 @@ def trace(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program: torch.fx.GraphModule = make_fx(function)(*tensors)
+            # A bare function of any arguments: a wrapped method's signature counts `self` too.
+            program: torch.fx.GraphModule = make_fx(lambda *given: function(*given))(*tensors)
     except Exception as error:  # an operation that cannot be recorded fails in many ways
         first = (str(error).splitlines() or [""])[0]
         raise Unrecordable(f"{type(error).__name__}: {first}") from error
