@@ -73,6 +73,17 @@ def test_a_model_seen_often_is_not_entered_any_more(name):
     assert is_replayed(captured, theta, shared, case.tasks.inputs, case.tasks.targets)
 
 
+def test_a_density_records_its_own_method():
+    """Nothing wrapped around it: the tracer looks at signatures."""
+    case = CASES["normal"]
+    density, (theta, shared) = build(case), values(case, 2)
+    for _ in range(CALLS):
+        density.log_likelihood(theta, case.tasks, shared)
+    captured = density._batched[1, False]
+    programs = list(captured._programs.values())
+    assert programs and captured.function not in programs
+
+
 # -- shapes ---------------------------------------------------------------------------------------
 
 
