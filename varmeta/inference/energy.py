@@ -28,6 +28,10 @@ class Energy(Protocol):
         """∇E `[T, D]`, differentiable once in θ and in whatever E depends on."""
         ...
 
+    def value_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """E `[T]` and ∇E `[T, D]`, detached; no graph for second derivatives is built."""
+        ...
+
     def linearise(self, theta: Tensor, *, gauss_newton: bool = False) -> Linearised:
         """E, ∇E and the product with ∇²E at a fixed θ; ∇E differentiable in what else E has.
 
@@ -53,6 +57,14 @@ class FunctionEnergy:
         with torch.enable_grad():
             leaf = theta if keep and theta.requires_grad else theta.detach().requires_grad_()
             return torch.autograd.grad(self(leaf).sum(), leaf, create_graph=keep)[0]
+
+    def value_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Energy`."""
+        with torch.enable_grad():
+            leaf = theta.detach().requires_grad_()
+            value = self(leaf)
+            (grad,) = torch.autograd.grad(value.sum(), leaf)
+        return value.detach(), grad
 
     def linearise(self, theta: Tensor, *, gauss_newton: bool = False) -> Linearised:
         """See `Energy`.
@@ -100,11 +112,15 @@ class TaskEnergy:
 
     def gradient(self, theta: Tensor) -> Tensor:
         """See `Energy`."""
-        _, grad = self._programs.gradient(theta, self._parameters)
+        _, grad = self.value_and_gradient(theta)
         if not torch.is_grad_enabled():
             return grad
         out: Tensor = _Gradient.apply(self._programs, grad, theta, *self._parameters)
         return out
+
+    def value_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Energy`."""
+        return self._programs.gradient(theta, self._parameters)
 
     def linearise(self, theta: Tensor, *, gauss_newton: bool = False) -> Linearised:
         """See `Energy`."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from varmeta.inference.energy import Energy, TaskEnergy, as_energy
+from varmeta.inference.energy import Energy, as_energy
 from varmeta.inference.linear import check_count, default_tolerance
 from varmeta.inference.minimise import Minimum, check_budget, goal_norm
 
@@ -62,7 +62,7 @@ class LBFGS:
         """See `Minimiser.minimise`."""
         energy = as_energy(energy)
         theta = start.detach()
-        value, grad = _evaluate(energy, theta)
+        value, grad = energy.value_and_gradient(theta)
         start_norm = grad.norm(dim=-1)
         goal = goal_norm(start_norm, self.tolerance, grad.dtype)
         memory = _Memory.empty(theta, self.history)
@@ -186,7 +186,7 @@ def _search(
     length, open_ = first, active
     for count in range(1, _TRIALS + 1):
         at = torch.where(open_, length, 0.0)
-        new, grad = _evaluate(energy, theta + at[:, None] * step)
+        new, grad = energy.value_and_gradient(theta + at[:, None] * step)
         there = (grad * step).sum(-1)
         level = (new - value).abs() <= flat * (1 + value.abs())
         lower = new <= value + _ARMIJO * at * slope
@@ -206,17 +206,6 @@ def _search(
         high = torch.where(open_ & ~lower, at, high)
         length = torch.where(high.isfinite(), 0.5 * (low + high), 2 * low)
     return best
-
-
-def _evaluate(energy: Energy, theta: Tensor) -> tuple[Tensor, Tensor]:
-    """E `[T]` and ∇E `[T, D]`, detached; no graph for second derivatives is built."""
-    if isinstance(energy, TaskEnergy):
-        return energy._programs.gradient(theta, energy._parameters)
-    with torch.enable_grad():
-        leaf = theta.detach().requires_grad_()
-        value = energy(leaf)
-        (grad,) = torch.autograd.grad(value.sum(), leaf)
-    return value.detach(), grad
 
 
 def _like(mask: Tensor, values: Tensor) -> Tensor:
