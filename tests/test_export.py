@@ -33,6 +33,7 @@ from varmeta.inference.base import Strategy
 from varmeta.inference.fit import Fit, fit
 from varmeta.inference.imaml import IMAML
 from varmeta.inference.joint import JointVariational
+from varmeta.inference.resets import Reset
 from varmeta.inference.nuts import PyroNUTS
 from varmeta.inference.pooling import CompletePooling
 from varmeta.models.density import Density
@@ -536,10 +537,10 @@ def test_the_seed_decides() -> None:
 
 def test_attributes() -> None:
     data = to_arviz(
-        unfitted(JointVariational(reset_every=30)), posterior=gaussian(), draws=2, seed=8
+        unfitted(JointVariational(resets=Reset(30))), posterior=gaussian(), draws=2, seed=8
     )
     assert data.attrs["strategy"] == "JointVariational (reset 30)"
-    assert "reset_every=30" in data.attrs["strategy_repr"]
+    assert "Reset(every=30" in data.attrs["strategy_repr"]
     assert data.attrs["posterior_kind"] == "gaussian"
     assert (data.attrs["seed"], data.attrs["draws_seed"]) == (0, 8)
     assert data.attrs["inference_library"] == data.attrs["creation_library"] == "varmeta"

@@ -23,6 +23,7 @@ from varmeta.inference.base import NonFiniteLoss, State, StepInfo
 from varmeta.inference.fit import Fit, fit
 from varmeta.inference.imaml import IMAML
 from varmeta.inference.joint import JointVariational
+from varmeta.inference.resets import Reset
 from varmeta.inference.minimise import GradientDescent
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
@@ -127,7 +128,7 @@ def test_on_step_sees_every_step() -> None:
 @pytest.mark.parametrize(
     "strategy",
     [
-        replace(JOINT, reset_every=3),
+        replace(JOINT, resets=Reset(3)),
         replace(JOINT, q="delta"),
         replace(JOINT, steps=150),  # long enough for the model to be recorded in one run only
         IMAML(steps=30),

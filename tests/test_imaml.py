@@ -171,7 +171,7 @@ def test_laplace_is_the_exact_posterior_of_tasks_never_seen(problem: LinearGauss
     assert isinstance(posterior, Gaussian) and posterior.kind == "laplace"
     assert_close(posterior.mean, there.theta_stars(), 1e-8)
     exact = np.stack([there.posterior_cov(i) for i in range(5)])
-    assert_close(posterior.scale_tril @ posterior.scale_tril.mT, exact, 1e-8)
+    assert_close(posterior.scale @ posterior.scale.mT, exact, 1e-8)
     assert_close(posterior.sd, np.sqrt(np.diagonal(exact, axis1=1, axis2=2)), 1e-8)
 
 

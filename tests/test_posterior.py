@@ -104,7 +104,7 @@ def test_log_predictive_averages_densities_over_the_draws(posterior: TaskPosteri
 @pytest.mark.parametrize("make", [exact, diagonal])
 def test_gaussian_draws_have_its_moments(make: object) -> None:
     posterior = make()  # type: ignore[operator]
-    tril = posterior.scale_tril
+    tril = posterior.scale
     cov = tril @ tril.mT if tril.dim() == 3 else (tril**2).diag_embed()
     theta, _ = posterior.sample(COUNT, generator(1))
     white = torch.linalg.solve_triangular(
@@ -120,7 +120,7 @@ def test_gaussian_draws_have_its_moments(make: object) -> None:
 @pytest.mark.parametrize("make", [exact, diagonal])
 def test_gaussian_density_is_normalised(make: object) -> None:
     posterior = make()  # type: ignore[operator]
-    tril = posterior.scale_tril
+    tril = posterior.scale
     cov = tril @ tril.mT if tril.dim() == 3 else (tril**2).diag_embed()
     theta, _ = posterior.sample(5, generator(2))
     ours = posterior.log_prob(theta)

@@ -199,7 +199,7 @@ def test_a_few_wide_intervals_do_not_squeeze_the_rest() -> None:
     result = make(new=0, strategies=[IMAML(), NoPooling()])
     wide = result.outcomes["NoPooling"].known
     assert isinstance(wide, Gaussian)
-    wide.scale_tril[3] = 1e3
+    wide.scale[3] = 1e3
     wide.loc[5] = 1e3
     [ax] = (fig := forest(result, "level")).axes
     low, high = ax.get_xlim()

@@ -17,10 +17,12 @@ from varmeta.comparison import compare as run_comparison
 from varmeta.inference.base import Strategy
 from varmeta.inference.imaml import IMAML
 from varmeta.inference.joint import JointVariational
+from varmeta.inference.resets import Reset
 from varmeta.inference.maml import FOMAML, MAML, MetaSGD, Reptile
 from varmeta.inference.nuts import PyroNUTS
 from varmeta.inference.pooling import CompletePooling, NoPooling
 from varmeta.inference.stochastic import Stochastic
+from varmeta.inference.svi import PyroSVI
 from varmeta.models.sites import Model
 from varmeta.problems import PROBLEMS, Problem
 from varmeta.tasks import Tasks
@@ -32,11 +34,12 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "meta-sgd": MetaSGD,
     "reptile": Reptile,
     "joint": JointVariational,
-    "joint-reset": lambda: JointVariational(reset_every=250),
+    "joint-reset": lambda: JointVariational(resets=Reset(250)),
     "joint-delta": lambda: JointVariational(q="delta"),
     "stochastic": Stochastic,
     "stochastic-score": lambda: Stochastic(estimator="score", particles=8),
     "nuts": PyroNUTS,
+    "svi": PyroSVI,
     "no-pooling": NoPooling,
     "complete-pooling": CompletePooling,
 }

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from varmeta.models.density import Density
+from varmeta.seeds import global_rng
 from varmeta.tasks import Tasks
 
 
@@ -103,14 +104,16 @@ class Delta(TaskPosterior):
 
 @dataclass(frozen=True, eq=False)
 class Gaussian(TaskPosterior):
-    """N(loc, L Lᵀ) per task. `loc`: `[T, D]`; `scale_tril`: `[T, D, D]`, or `[T, D]` if diagonal.
+    """N(loc, S) per task: S = L Lᵀ, or diag(sd²) + factor factorᵀ.
 
-    `kind` says where the covariance comes from: `"gaussian"` was optimised, `"laplace"` is the
-    inverse curvature at a mode.
+    `loc` is `[T, D]`; `scale` is L, lower triangular `[T, D, D]`, or sd, `[T, D]`; `factor`, beside
+    an sd only, is `[T, D, R]`. `kind` says where the covariance comes from: `"gaussian"` was
+    optimised, `"laplace"` is the inverse curvature at a mode.
     """
 
     loc: Tensor
-    scale_tril: Tensor
+    scale: Tensor
+    factor: Tensor | None = None
     laplace: bool = False
 
     @property
@@ -126,28 +129,30 @@ class Gaussian(TaskPosterior):
     @property
     def sd(self) -> Tensor:
         """`[T, D]`."""
-        if self.scale_tril.dim() == 2:
-            return self.scale_tril
-        return self.scale_tril.norm(dim=-1)
+        if self.scale.dim() == 3:
+            return self.scale.norm(dim=-1)
+        if self.factor is None:
+            return self.scale
+        return (self.scale**2 + (self.factor**2).sum(-1)).sqrt()
+
+    @property
+    def law(self) -> torch.distributions.Distribution:
+        """As a distribution with batch shape `[T]` and event shape `[D]`."""
+        if self.scale.dim() == 3:
+            return torch.distributions.MultivariateNormal(self.loc, scale_tril=self.scale)
+        if self.factor is None:
+            normal = torch.distributions.Normal(self.loc, self.scale)
+            return torch.distributions.Independent(normal, 1)
+        return torch.distributions.LowRankMultivariateNormal(self.loc, self.factor, self.scale**2)
 
     def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Independent draws."""
-        noise = torch.randn(
-            count,
-            *self.loc.shape,
-            generator=generator,
-            dtype=self.loc.dtype,
-            device=self.loc.device,
-        )
-        if self.scale_tril.dim() == 2:
-            return self.loc + self.scale_tril * noise, self.shared
-        return self.loc + (self.scale_tril @ noise[..., None])[..., 0], self.shared
+        with global_rng(generator):
+            return self.law.sample((count,)), self.shared
 
     def log_prob(self, theta: Tensor) -> Tensor:
-        """log N(θ_i; loc_i, L_i L_iᵀ), nats: `[..., T, D]` to `[..., T]`."""
-        tril = self.scale_tril if self.scale_tril.dim() == 3 else self.scale_tril.diag_embed()
-        normal = torch.distributions.MultivariateNormal(self.loc, scale_tril=tril)
-        out: Tensor = normal.log_prob(theta)
+        """log N(θ_i; loc_i, S_i), nats: `[..., T, D]` to `[..., T]`."""
+        out: Tensor = self.law.log_prob(theta)
         return out
 
 

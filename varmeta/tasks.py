@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from varmeta.raw_data import check_pair, numeric, pad
 from varmeta.seeds import generator
 
 
@@ -109,15 +110,15 @@ class Tasks:
         ys: list[Tensor] = []
         for label, (x_raw, y_raw) in zip(labels, pairs, strict=True):
             x, y = torch.as_tensor(x_raw), torch.as_tensor(y_raw)
-            _check_pair(label, x, y, *(xs[0], ys[0]) if xs else (x, y))
+            check_pair(label, x, y, *(xs[0], ys[0]) if xs else (x, y))
             xs.append(x)
             ys.append(y)
         width = max(len(y) for y in ys)
         count = torch.tensor([len(y) for y in ys], device=ys[0].device)
         mask = torch.arange(width, device=ys[0].device) < count[:, None]
         return cls(
-            inputs=torch.stack([_pad(x, width) for x in xs]),
-            targets=torch.stack([_pad(y, width) for y in ys]),
+            inputs=torch.stack([pad(x, width) for x in xs]),
+            targets=torch.stack([pad(y, width) for y in ys]),
             mask=mask,
             is_query=torch.zeros_like(mask),
             names=tuple(labels),
@@ -163,7 +164,7 @@ class Tasks:
         if frame[task].isna().any():
             row = int(np.flatnonzero(frame[task].isna())[0])
             raise ValueError(f"task: column {task!r} is empty in row {row}; drop or fill that row")
-        values = _numeric(frame, [*inputs, target])
+        values = numeric(frame, [*inputs, target])
         codes, labels = pd.factorize(frame[task])
         order = np.argsort(codes, kind="stable")
         ends = np.cumsum(np.bincount(codes))[:-1]
@@ -256,7 +257,8 @@ class Tasks:
         if not 0.0 < query < 1.0:
             raise ValueError(f"query must lie strictly between 0 and 1, got {query}")
         count = (self.num_rows.double() * query).round().long().minimum(self.num_rows - 1)
-        return replace(self, is_query=self._shuffled_rank(seed) < count[:, None], is_split=True)
+        rank = self._shuffled_rank(generator(seed))
+        return replace(self, is_query=rank < count[:, None], is_split=True)
 
     def folds(self, count: int = 5, *, seed: int = 0) -> Tasks:
         """Cross-validation within each task: every row is a query row exactly once.
@@ -267,7 +269,7 @@ class Tasks:
         """
         if count < 2:
             raise ValueError(f"count must be at least 2, got {count}")
-        fold = torch.where(self.mask, self._shuffled_rank(seed) % count, -1)
+        fold = torch.where(self.mask, self._shuffled_rank(generator(seed)) % count, -1)
         wanted = fold[None] == torch.arange(count, device=fold.device)[:, None, None]  # [K, T, N]
         keep = wanted.any(-1).T.nonzero()  # rows (task, fold), tasks together
         task, k = keep[:, 0], keep[:, 1]
@@ -280,6 +282,17 @@ class Tasks:
             raise ValueError(f"count must lie between 1 and {len(self) - 1} tasks, got {count}")
         order = torch.randperm(len(self), generator=generator(seed))
         return self.select(order[count:].sort().values), self.select(order[:count].sort().values)
+
+    def minibatch(self, rows: int, generator: torch.Generator) -> tuple[Tasks, Tensor]:
+        """Random rows of each task, without replacement, as tasks of at most so many rows.
+
+        Also, `[T]`, how many of a task's rows each drawn one stands for: weighted by it, a sum over
+        the drawn rows is an unbiased estimate of the sum over all.
+        """
+        rank = self._shuffled_rank(generator)
+        count = self.num_rows.clamp(max=rows)
+        part = self._part(rank < count[:, None], is_split=self.is_split)
+        return part, self.num_rows.clamp(min=1).double() / count.clamp(min=1)
 
     def select(self, index: Tensor | Sequence[int]) -> Tasks:
         """The tasks at these positions (or where a bool is True), re-padded to the longest."""
@@ -324,11 +337,12 @@ class Tasks:
             is_split=is_split,
         )
 
-    def _shuffled_rank(self, seed: int) -> Tensor:
+    def _shuffled_rank(self, source: torch.Generator) -> Tensor:
         """`[T, N]` int: a random order of each task's existing rows, padding last."""
-        noise = torch.full(self.mask.shape, 2.0)
-        existing = self.mask.cpu()  # so that neither padding nor the device changes the order
-        noise[existing] = torch.rand(int(existing.sum()), generator=generator(seed))
+        noise = torch.full(self.mask.shape, 2.0, device=source.device)
+        existing = self.mask.to(source.device)  # so that padding does not change the order
+        count = int(existing.sum())
+        noise[existing] = torch.rand(count, generator=source, device=source.device)
         return noise.argsort(-1).argsort(-1).to(self.mask.device)
 
 
@@ -362,48 +376,3 @@ class TaskSource:
         """Batch number `step`."""
         drawn = self.draw(generator(self.seed, step))
         return drawn if self.device is None else drawn.to(device=self.device)
-
-
-def _pad(rows: Tensor, width: int) -> Tensor:
-    return torch.cat([rows, rows[:1].expand(width - len(rows), *rows.shape[1:])])
-
-
-def _check_pair(label: str, x: Tensor, y: Tensor, first_x: Tensor, first_y: Tensor) -> None:
-    if x.dim() == 0 or y.dim() == 0 or len(x) != len(y):
-        raise ValueError(
-            f"task {label!r}: x has shape {tuple(x.shape)} and y {tuple(y.shape)}; "
-            "wanted the same number of rows in both"
-        )
-    if len(y) == 0:
-        raise ValueError(f"task {label!r} is empty; drop it or give it at least one row")
-    for name, value, first in (("x", x, first_x), ("y", y, first_y)):
-        if value.shape[1:] != first.shape[1:] or value.dtype != first.dtype:
-            raise ValueError(
-                f"task {label!r}: {name} has rows of shape {tuple(value.shape[1:])} and type "
-                f"{value.dtype}, the first task {tuple(first.shape[1:])} and {first.dtype}; "
-                "wanted the same for all tasks"
-            )
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            row = int((~value.isfinite()).nonzero()[0, 0])
-            raise ValueError(
-                f"task {label!r}: {name} holds NaN or infinity in row {row}; drop or fill that row"
-            )
-
-
-def _numeric(frame: pd.DataFrame, columns: list[str]) -> np.ndarray:
-    """The columns as a float64 array, or an error that names the column and the row."""
-    values = np.empty((len(frame), len(columns)))
-    for k, column in enumerate(columns):
-        if not pd.api.types.is_numeric_dtype(frame[column]):
-            raise ValueError(
-                f"column {column!r} is not numeric (it holds {frame[column].iloc[0]!r}); "
-                "encode it as numbers"
-            )
-        values[:, k] = frame[column].to_numpy(dtype=float, na_value=np.nan)
-        bad = np.flatnonzero(~np.isfinite(values[:, k]))
-        if len(bad):
-            raise ValueError(
-                f"column {column!r} holds NaN or infinity in row {bad[0]} "
-                f"({len(bad)} in all); drop or fill these rows"
-            )
-    return values

@@ -149,7 +149,7 @@ def fit(
         density: the model.
         tasks: training tasks, or a stream of them.
         prior: default `GaussianPrior.from_density(density)`.
-        batch_size: random tasks per step; all if None.
+        batch_size: tasks per step, in a new random order every epoch; all if None.
         seed: of everything random.
         checkpoint: a file that is written about once a minute, on Ctrl-C and at the end. If it
             exists the run goes on from there.
@@ -215,6 +215,7 @@ class _Run:
         self.state, self.seed, self.batch_size = state, seed, batch_size
         self.rows: list[dict[str, float]] = []
         self.stats: dict[str, Tensor] = {}
+        self.order: tuple[int, Tensor] | None = None  # an epoch, and its order of the tasks
         self.whole = True  # not within a step, which may have changed half of the state
 
     def loop(
@@ -277,8 +278,13 @@ class _Run:
         count = len(self.training)
         if self.batch_size is None or self.batch_size == count:
             return Batch(self.training, torch.arange(count), count)
-        index = torch.randperm(count, generator=generator(self.seed, _BATCH, step))
-        index = index[: self.batch_size].sort().values
+        # Without replacement through each epoch; the few tasks left at its end wait for the next.
+        epoch, place = divmod(step, count // self.batch_size)
+        if self.order is None or self.order[0] != epoch:
+            shuffle = generator(self.seed, _BATCH, epoch)
+            self.order = epoch, torch.randperm(count, generator=shuffle)
+        start = place * self.batch_size
+        index = self.order[1][start : start + self.batch_size].sort().values
         return Batch(self.training.select(index), index, count)
 
     def _record(self, info: StepInfo, batch: Batch, seconds: float, gradients: float) -> None:

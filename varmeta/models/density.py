@@ -156,7 +156,8 @@ class Density:
         key = (theta.dim() - 2, shared.dim() > 1)
         if key not in self._batched:
             self._batched[key] = Captured(_nested_vmap(self._pointwise, *key))
-        out = self._batched[key](theta, shared, tasks.inputs, tasks.targets)
+        # What was recorded views its arguments as they lay in memory then.
+        out = self._batched[key](theta.contiguous(), shared, tasks.inputs, tasks.targets)
         return torch.where(tasks.mask, out, 0.0)
 
     def negative_log_likelihood(

@@ -190,26 +190,26 @@ class GaussianPrior:
 
     def log_det(self) -> Tensor:
         """Scalar, log det Σ."""
-        out = 2 * self.scale.log().sum()
-        if self.factor is not None:
-            out = out + 2 * self._capacitance().diagonal().log().sum()
-        return out
+        return log_det(self.scale, self.factor)
 
     def log_prob(self, theta: Tensor) -> Tensor:
         """log N(θ; θ0, Σ), nats: `[..., D]` to `[...]`."""
         constant = self.dim * math.log(2 * math.pi) + self.log_det()
         return -self.penalty(theta) - 0.5 * constant
 
-    def kl(self, mean: Tensor, sd: Tensor) -> Tensor:
-        """KL[N(mean, diag(sd²)) ‖ N(θ0, Σ)], nats: two `[..., D]` to `[...]`."""
-        inverse = self.scale**-2
-        if self.factor is not None:
-            root = torch.linalg.solve_triangular(
-                self._capacitance(), (self.factor * inverse[:, None]).T, upper=False
-            )
-            inverse = inverse - (root**2).sum(0)
-        trace = (sd**2 * inverse).sum(-1)
-        return self.penalty(mean) + 0.5 * (trace - self.dim + self.log_det()) - sd.log().sum(-1)
+    def kl(self, mean: Tensor, sd: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
+        """KL[N(mean, diag(sd²) + factor factorᵀ) ‖ N(θ0, Σ)], nats.
+
+        `mean` and `sd` are `[..., D]`, `factor` is `[..., D, K]`, the result `[...]`. Without `sd`
+        the factor is lower triangular, `[..., D, D]`.
+        """
+        trace: Tensor | float = 0.0
+        if sd is not None:
+            trace = trace + (sd**2 * self._precision_diagonal()).sum(-1)
+        if factor is not None:
+            trace = trace + (factor.mT * self.precision_mv(factor.mT)).sum((-2, -1))
+        spread = trace - self.dim + self.log_det() - log_det(sd, factor)
+        return self.penalty(mean) + 0.5 * spread
 
     def sample(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         """Draws of shape `[*shape, D]`, differentiable in loc and scales."""
@@ -225,9 +225,18 @@ class GaussianPrior:
             return self.loc.new_zeros(())
         return self.hyperprior.log_prob(self.loc, self.log_scale.exp())
 
-    def _capacitance(self) -> Tensor:
-        assert self.factor is not None
-        return _capacitance(self.scale, self.factor)
+    def covariance(self) -> Tensor:
+        """Σ as a `[D, D]` matrix, for small D."""
+        out = (self.scale**2).diag()
+        return out if self.factor is None else out + self.factor @ self.factor.T
+
+    def _precision_diagonal(self) -> Tensor:
+        inverse = self.scale**-2
+        if self.factor is None:
+            return inverse
+        right = (self.factor * inverse[:, None]).T
+        inner = _capacitance(self.scale, self.factor)
+        return inverse - (torch.linalg.solve_triangular(inner, right, upper=False) ** 2).sum(0)
 
 
 def penalty(theta: Tensor, loc: Tensor, scale: Tensor, factor: Tensor | None = None) -> Tensor:
@@ -247,9 +256,23 @@ def precision_mv(v: Tensor, scale: Tensor, factor: Tensor | None = None) -> Tens
     return out
 
 
+def log_det(scale: Tensor | None, factor: Tensor | None) -> Tensor:
+    """log det(diag(scale²) + factor factorᵀ): `[..., D]` and `[..., D, R]` to `[...]`.
+
+    Without `scale` the factor is square and triangular.
+    """
+    if scale is None:
+        assert factor is not None
+        return 2 * factor.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
+    out = 2 * scale.log().sum(-1)
+    if factor is None:
+        return out
+    return out + 2 * _capacitance(scale, factor).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
 def _capacitance(scale: Tensor, factor: Tensor) -> Tensor:
-    """Cholesky factor of I + FᵀS⁻²F, `[R, R]`."""
-    weighted = factor / scale[:, None]
-    eye = torch.eye(weighted.shape[1], dtype=weighted.dtype, device=weighted.device)
+    """Cholesky factor of I + FᵀS⁻²F, `[..., R, R]`."""
+    weighted = factor / scale[..., None]
+    eye = torch.eye(weighted.shape[-1], dtype=weighted.dtype, device=weighted.device)
     # Positive definite by construction; `cholesky` would wait for the device to see whether it is.
-    return torch.linalg.cholesky_ex(eye + weighted.T @ weighted).L
+    return torch.linalg.cholesky_ex(eye + weighted.mT @ weighted).L

@@ -1,0 +1,80 @@
+"""The schedule of resets, and the table they act on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from varmeta.inference.resets import Reset
+from varmeta.inference.table import descend, new_table, reset
+
+
+def steps(schedule: Reset, end: int) -> list[int]:
+    return [s for s in range(end) if schedule.number(s) is not None]
+
+
+def test_the_schedule() -> None:
+    assert steps(Reset(3), 10) == [3, 6, 9]
+    assert steps(Reset(3, until=6), 20) == [3, 6]
+    assert steps(Reset(10, growth=2.0), 200) == [10, 30, 70, 150]
+    assert steps(Reset(2, growth=1.5), 20) == [2, 5, 10, 16]  # 2, 5, 9.5, 16.25
+    for schedule in (Reset(3), Reset(10, growth=2.0)):
+        at = steps(schedule, 100)
+        assert [schedule.number(s) for s in at] == list(range(len(at)))
+
+
+@pytest.mark.parametrize(("fraction", "turns"), [(1.0, 1), (0.5, 2), (0.25, 4), (0.1, 10)])
+def test_tasks_take_turns(fraction: float, turns: int) -> None:
+    visited = torch.zeros(20)
+    for number in range(turns):
+        which = Reset(5, fraction=fraction).which(number)
+        assert len(visited[which]) == 20 // turns
+        visited[which] += 1
+    assert (visited == 1).all()
+
+
+def test_rows_move_part_of_the_way_and_forget_as_much() -> None:
+    table = new_table(torch.zeros(2), 4)
+    everyone = torch.arange(4)
+    for _ in range(3):
+        descend(table, everyone, torch.ones(4, 2), 0.1)
+    before = {name: t.clone() for name, t in table.items()}
+    reset(table, slice(0, None, 2), torch.tensor([1.0, 2.0]), 0.25)
+    expected = before["rows"][0] + 0.25 * (torch.tensor([1.0, 2.0]) - before["rows"][0])
+    assert torch.allclose(table["rows"][::2], expected)
+    assert torch.allclose(table["momentum"][::2], 0.75 * before["momentum"][::2])
+    assert torch.equal(table["visits"], before["visits"])
+    for name, now in table.items():
+        assert torch.equal(now[1::2], before[name][1::2])
+    reset(table, slice(1, None, 2), torch.zeros(2), 1.0)
+    for now in table.values():
+        assert not now[1::2].any()
+
+
+def test_a_row_moves_as_under_pytorchs_adam_whatever_the_others_do() -> None:
+    """Row 1 is visited at every third step only."""
+    gradients = torch.randn(12, 2, 3, generator=torch.Generator().manual_seed(0))
+    table = new_table(torch.zeros(3), 2)
+    alone = [torch.zeros(3, requires_grad=True) for _ in range(2)]
+    adams = [torch.optim.Adam([t], lr=0.1) for t in alone]
+    for step, grad in enumerate(gradients):
+        index = torch.tensor([0, 1] if step % 3 == 0 else [0])
+        descend(table, index, grad[index], 0.1)
+        for i in index.tolist():
+            alone[i].grad = grad[i]
+            adams[i].step()
+    torch.testing.assert_close(table["rows"], torch.stack(alone).detach())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"every": 0}, "every must be at least 1 step, got 0"),
+        ({"every": 2, "fraction": 0.0}, r"fraction must lie in \(0, 1\], got 0"),
+        ({"every": 2, "amount": 1.5}, r"amount must lie in \(0, 1\], got 1.5"),
+        ({"every": 2, "growth": 0.5}, "growth must be at least 1, got 0.5"),
+    ],
+)
+def test_nonsense_is_refused(arguments: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Reset(**arguments)  # type: ignore[arg-type]
