@@ -8,6 +8,11 @@ from importlib.metadata import version as _version
 
 from varmeta.comparison import Comparison, compare
 from varmeta.export import to_arviz
+from varmeta.inference.amortised import (
+    AmortisedVariational,
+    LaplaceEvidence,
+    laplace_evidence,
+)
 from varmeta.inference.base import NonFiniteLoss, Strategy
 from varmeta.inference.check import GradientCheck, check_gradient
 from varmeta.inference.fit import Fit, fit
@@ -15,6 +20,7 @@ from varmeta.inference.imaml import IMAML
 from varmeta.inference.joint import JointVariational
 from varmeta.inference.lbfgs import LBFGS
 from varmeta.inference.linear import CG, Cholesky, Neumann
+from varmeta.inference.logdet import LogDet
 from varmeta.inference.maml import FOMAML, MAML, MetaSGD, Reptile
 from varmeta.inference.minimise import Adam, GradientDescent
 from varmeta.inference.minres import MINRES
@@ -38,6 +44,7 @@ __all__ = [
     "MAML",
     "MINRES",
     "Adam",
+    "AmortisedVariational",
     "Cholesky",
     "Comparison",
     "CompletePooling",
@@ -50,6 +57,8 @@ __all__ = [
     "Implicit",
     "JointVariational",
     "Langevin",
+    "LaplaceEvidence",
+    "LogDet",
     "MetaSGD",
     "Neumann",
     "NewtonCG",
@@ -70,6 +79,7 @@ __all__ = [
     "compare",
     "fit",
     "hierarchy",
+    "laplace_evidence",
     "prox",
     "to_arviz",
 ]

@@ -257,6 +257,15 @@ def with_query(
     return tasks
 
 
+def no_scales_with_points(instead: str) -> str:
+    """What to say to learn_scale=True with point posteriors; `instead` is the q to use."""
+    return (
+        "learn_scale=True with q='delta' has no solution: with point posteriors the joint "
+        "objective falls without end as the scales go to 0 (Chen et al. 2019). Use "
+        f"{instead}, or fix the scales, or learn them from query losses with IMAML"
+    )
+
+
 def check_finite(losses: Tensor, tasks: Tasks, step: int) -> None:
     """Stop before a bad loss spoils anything.
 

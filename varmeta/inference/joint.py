@@ -24,6 +24,7 @@ from varmeta.inference.base import (
     check_finite,
     decayed,
     gradients,
+    no_scales_with_points,
     objective,
     update,
 )
@@ -95,11 +96,7 @@ class JointVariational(Strategy):
                 known = ", ".join(map(repr, allowed))
                 raise ValueError(f"{field} must be one of {known}, got {getattr(self, field)!r}")
         if self.q == "delta" and self.learn_scale:
-            raise ValueError(
-                "learn_scale=True with q='delta' has no solution: with point posteriors the joint "
-                "objective falls without end as the scales go to 0 (Chen et al. 2019). Use "
-                "q='diagonal', or fix the scales, or learn them from query losses with IMAML"
-            )
+            raise ValueError(no_scales_with_points("q='diagonal'"))
         if self.samples < 2 or self.samples % 2:
             raise ValueError(
                 f"samples must be an even number (antithetic pairs), got {self.samples}"
