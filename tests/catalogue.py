@@ -5,16 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from varmeta import (
+    ABML,
     CG,
     FOMAML,
     IMAML,
     MAML,
     Adam,
+    AmortisedVariational,
     CompletePooling,
     GradientDescent,
     Implicit,
     JointVariational,
     Langevin,
+    LaplaceEvidence,
+    LogDet,
     MetaSGD,
     NoPooling,
     OneStep,
@@ -69,6 +73,16 @@ CATALOGUE = {
     "fomaml": Entry(FOMAML(steps=6, minimiser=FEW), separate=True),
     "meta-sgd": Entry(MetaSGD(steps=6, minimiser=FEW), separate=True),
     "reptile": Entry(Reptile(steps=6, minimiser=FEW), separate=True),
+    "amortised": Entry(AmortisedVariational(steps=6), separate=True),
+    "amortised query": Entry(AmortisedVariational(outside="query", steps=6), separate=True),
+    "amortised laplace": Entry(
+        AmortisedVariational(q="laplace", outside="query", steps=6), separate=True
+    ),
+    "laplace evidence": Entry(LaplaceEvidence(steps=6), separate=True),
+    "laplace evidence, a probe": Entry(
+        LaplaceEvidence(steps=4, logdet=LogDet(probes=1)), separate=True
+    ),
+    "abml": Entry(ABML(steps=6, minimiser=FEW, samples=4)),
     "joint": Entry(JointVariational(steps=8, adapt_steps=8)),
     "joint reset": Entry(JointVariational(steps=9, reset_every=3, adapt_steps=8)),
     "joint delta": Entry(JointVariational(q="delta", steps=8, adapt_steps=8), separate=True),

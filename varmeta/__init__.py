@@ -8,6 +8,7 @@ from importlib.metadata import version as _version
 
 from varmeta.comparison import Comparison, compare
 from varmeta.export import to_arviz
+from varmeta.inference.abml import ABML
 from varmeta.inference.amortised import (
     AmortisedVariational,
     LaplaceEvidence,
@@ -37,6 +38,7 @@ from varmeta.tasks import Tasks, TaskSource
 __version__ = _version("varmeta-ppl")
 
 __all__ = [
+    "ABML",
     "CG",
     "FOMAML",
     "IMAML",

@@ -14,6 +14,8 @@ from rich.console import Console
 
 from varmeta import __version__
 from varmeta.comparison import compare as run_comparison
+from varmeta.inference.abml import ABML
+from varmeta.inference.amortised import AmortisedVariational, LaplaceEvidence
 from varmeta.inference.base import Strategy
 from varmeta.inference.imaml import IMAML
 from varmeta.inference.joint import JointVariational
@@ -33,6 +35,9 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "fomaml": FOMAML,
     "meta-sgd": MetaSGD,
     "reptile": Reptile,
+    "amortised": AmortisedVariational,
+    "laplace-evidence": LaplaceEvidence,
+    "abml": ABML,
     "joint": JointVariational,
     "joint-reset": lambda: JointVariational(resets=Reset(250)),
     "joint-delta": lambda: JointVariational(q="delta"),

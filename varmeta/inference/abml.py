@@ -1,0 +1,148 @@
+"""Amortised Bayesian meta-learning: a diagonal Gaussian q_i by a few gradient steps from the prior.
+
+(Ravi & Beatson, 2019, Amortized Bayesian Meta-Learning.) From q = N(θ0, diag(σ0²)), the prior
+itself, K gradient steps on KL[q ‖ N(θ0, Σ)] + E_q f_i lead to q_i, f_i the loss of the support
+rows. θ0, the scales and φ minimise Σ_i KL[q_i ‖ N(θ0, Σ)] + E_{q_i}[f_i + g_i], the same bound with
+all rows of the task, through the steps. Within one adaptation E_q is an average over the same
+standardised draws in every step; the outer bound has draws of its own, so that a q_i that fitted
+its draws gains nothing. Where the paper steps in θ and log σ, here the mean moves in units of the
+prior's standard deviations, (m−θ0)/σ0, and the spread as log(s/σ0): the KL's own curvature is then
+1 and 2 whatever the scales are, and a step size that fits stays one while they are learned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from varmeta.inference.base import Batch, State
+from varmeta.inference.energy import FunctionEnergy
+from varmeta.inference.joint import bound
+from varmeta.inference.metagradient import MetaGradient
+from varmeta.inference.minimise import FirstOrder, GradientDescent
+from varmeta.inference.prox import ProxInfo, Unrolled, prox
+from varmeta.models.density import Density
+from varmeta.models.prior import GaussianPrior
+from varmeta.posterior import Gaussian, TaskPosterior
+from varmeta.tasks import Tasks, TaskSource
+
+
+def _steps() -> FirstOrder:
+    return GradientDescent(step_size=0.01, max_iterations=10, tolerance=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ABML(MetaGradient):
+    """Amortised Bayesian meta-learning: q_i by a few unrolled steps on the bound, from the prior.
+
+    Tasks with a query part are adapted to their support rows; without one all rows are in both
+    places (nothing is cross-validated: the bound itself holds the scales in check).
+
+    Attributes:
+        minimiser: the steps, on the mean in units of the prior's standard deviations and on the
+            log of the spread in these units; a step size below 2 over 1 + σ0²·(curvature of f).
+        samples: draws of θ for E_q, in the steps and again outside; antithetic pairs, so an even
+            number.
+
+    The other attributes are those of `MetaGradient`.
+
+    Raises:
+        ValueError: an odd or non-positive number of samples.
+    """
+
+    minimiser: FirstOrder = field(default_factory=_steps)
+    samples: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.samples < 2 or self.samples % 2:
+            raise ValueError(
+                f"samples must be an even number (antithetic pairs), got {self.samples}"
+            )
+
+    def prepare(self, tasks: Tasks | TaskSource, seed: int) -> Tasks | TaskSource:
+        """The tasks as they are."""
+        return tasks
+
+    def adapted(
+        self,
+        density: Density,
+        prior: GaussianPrior,
+        shared: Tensor,
+        tasks: Tasks,
+        noise: Tensor,
+    ) -> tuple[Tensor, Tensor, ProxInfo]:
+        """Mean and sd of q_i, `[T, D]` each, differentiable in the prior and φ; and how it went.
+
+        Args:
+            density: the model.
+            prior: N(θ0, Σ), where q starts (with the diagonal of a low-rank Σ).
+            shared: φ `[P]`.
+            tasks: T tasks; all of their rows count.
+            noise: `[S, T, D]`, the standardised points at which f is averaged in every step.
+        """
+
+        def moments(moved: Tensor) -> tuple[Tensor, Tensor]:
+            mean, log_sd = moved.split(prior.dim, -1)
+            return prior.loc + prior.scale * mean, prior.scale * log_sd.exp()
+
+        def inner(moved: Tensor) -> Tensor:
+            return bound(density, prior, shared, tasks, *moments(moved), noise)
+
+        start = prior.loc.new_zeros(len(tasks), 2 * prior.dim)
+        moved, info = prox(
+            FunctionEnergy(inner), start, minimiser=self.minimiser, adjoint=Unrolled()
+        )
+        info.gradients *= len(noise)
+        return *moments(moved), info
+
+    def bounds(
+        self,
+        density: Density,
+        prior: GaussianPrior,
+        shared: Tensor,
+        tasks: Tasks,
+        noise: Tensor,
+        fresh: Tensor,
+    ) -> tuple[Tensor, ProxInfo]:
+        """KL[q_i ‖ N(θ0, Σ)] + E_{q_i}[f_i + g_i], nats: `[T]`, differentiable; and how it went.
+
+        `noise` and `fresh`, `[S, T, D]`, are the points of the steps and those of this bound.
+        """
+        mean, sd, info = self.adapted(density, prior, shared, tasks.support, noise)
+        info.gradients += len(fresh)
+        return bound(density, prior, shared, tasks.unsplit, mean, sd, fresh), info
+
+    def task_losses(
+        self, density: Density, state: State, batch: Batch, generator: torch.Generator
+    ) -> tuple[Tensor, ProxInfo]:
+        """See `bounds`."""
+        prior, shared = state.meta.prior, state.meta.shared
+        noise, fresh = (self._noise(prior, batch.tasks, generator) for _ in range(2))
+        return self.bounds(density, prior, shared, batch.tasks, noise, fresh)
+
+    def adapt(
+        self, density: Density, state: State, tasks: Tasks, generator: torch.Generator
+    ) -> TaskPosterior:
+        """q_i by the same steps as in training, on all rows."""
+        prior, shared = state.meta.fixed()
+        with torch.no_grad():
+            noise = self._noise(prior, tasks, generator)
+            mean, sd, info = self.adapted(density, prior, shared, tasks, noise)
+        return Gaussian(density, tasks.names, shared, mean, sd, stats=info.stats())
+
+    def _noise(self, prior: GaussianPrior, tasks: Tasks, generator: torch.Generator) -> Tensor:
+        """Standard normals `[S, T, D]` in antithetic pairs."""
+        like: Any = {"generator": generator, "dtype": prior.loc.dtype, "device": prior.loc.device}
+        half = torch.randn(self.samples // 2, len(tasks), prior.dim, **like)
+        return torch.cat([half, -half])
+
+    def _part_size(self, density: Density, state: State, batch: Batch) -> int | None:
+        """Every step keeps the activations of every draw."""
+        size = super()._part_size(density, state, batch)
+        if size is None or self.memory is None:
+            return size
+        return max(size // (self.samples * self.minimiser.max_iterations), 1)
