@@ -23,6 +23,7 @@ from varmeta import (
     NoPooling,
     OneStep,
     PyroNUTS,
+    PyroSVI,
     Reptile,
     Stochastic,
     Strategy,
@@ -98,4 +99,8 @@ CATALOGUE = {
     "no pooling": Entry(NoPooling(steps=8, adapt_steps=8)),
     "complete pooling": Entry(CompletePooling(draws=20), separate=True),
     "nuts": Entry(PyroNUTS(draws=6, warmup=4, chains=2, proposals=50), exact_resume=False),
+    "svi": Entry(PyroSVI(steps=6, adapt_steps=4, draws=20)),
+    "svi point": Entry(
+        PyroSVI(point_globals=True, centred=True, steps=6, samples=2, adapt_steps=4, draws=20)
+    ),
 }

@@ -31,6 +31,7 @@ from varmeta.inference.nystrom import Nystrom
 from varmeta.inference.pooling import CompletePooling, NoPooling
 from varmeta.inference.prox import Detached, Implicit, OneStep, Unrolled, prox
 from varmeta.inference.stochastic import Langevin, Stochastic
+from varmeta.inference.svi import PyroSVI
 from varmeta.models import Density, GaussianPrior, hierarchy
 from varmeta.posterior import TaskPosterior
 from varmeta.tasks import Tasks, TaskSource
@@ -69,6 +70,7 @@ __all__ = [
     "Nystrom",
     "OneStep",
     "PyroNUTS",
+    "PyroSVI",
     "Reptile",
     "Stochastic",
     "Strategy",

@@ -1,0 +1,293 @@
+"""Any of Pyro's own variational guides, on the same hierarchy and through the same protocol.
+
+Objective: −ELBO = −E_q[log p(y, θ_1..T, θ0, scales, φ) − log q] (Hoffman et al., 2013, Stochastic
+Variational Inference; Kucukelbir et al., 2017, Automatic Differentiation Variational Inference),
+estimated by Pyro's `Trace_ELBO` (Bingham et al., 2019). q is whatever the guide is: a full or
+low-rank Gaussian over everything at once, a flow, or one written by hand. With `point_globals` θ0,
+the scales and φ are points and only the θ_i have a guide: Σ_i KL[q_i ‖ N(θ0, Σ)] + E_{q_i} f_i
+− log p(θ0, scales, φ), which for `AutoNormal` is what `JointVariational` minimises.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer import Trace_ELBO
+from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_feasible
+from pyro.params.param_store import ParamStoreDict
+from torch import Tensor
+
+from varmeta.inference.base import (
+    Batch,
+    Meta,
+    NonFiniteLoss,
+    State,
+    StepInfo,
+    Strategy,
+    check_finite,
+    decayed,
+    non_finite_gradient,
+    update,
+)
+from varmeta.inference.svi_model import global_sites, model_in_units
+from varmeta.models.density import Density
+from varmeta.models.prior import GaussianPrior
+from varmeta.models.sites import pyro_untouched, validation_off
+from varmeta.posterior import Draws, TaskPosterior
+from varmeta.seeds import global_rng
+from varmeta.tasks import Tasks, TaskSource
+
+Guide = Callable[..., Any]
+
+
+@dataclass(frozen=True, repr=False)
+class PyroSVI(Strategy):
+    """Pyro's stochastic variational inference on the hierarchical model.
+
+    The guide sees the model of `varmeta.hierarchy` with every site real, in units of the prior that
+    the user wrote and 0 at its start, so that one learning rate and Pyro's own initial scales fit
+    a reaction time of 250 ms and a slope of 0.1 alike:
+
+    - `loc_units` `[D]`: θ0 = start + unit · loc_units;
+    - `scale_units` `[M]`: log scale = start + scale_units;
+    - `shared_<name>_units`, shaped as the unconstrained value: φ = start + unit · value;
+    - in `pyro.plate("tasks", T, dim=-1)` `z` `[T, D]`: θ_i = θ0 + scale · z_i, or, if `centred`,
+      `theta_units` `[T, D]`: θ_i = start + unit · theta_units_i.
+
+    A guide is started there (`init_loc_fn` has no say). One written by hand is a function of the
+    model that returns a function without arguments, which samples these sites. The posterior is
+    draws of the guide, each with its own φ. A task that was not in the run is adapted to by a fresh
+    guide of the same kind over its θ_i alone, at the means of θ0, log scales and φ (not averaged
+    over them, as NUTS does). Every row of a training task is used, support and query alike.
+
+    Attributes:
+        guide: an autoguide's class, or any function from a Pyro model to a guide of it, such as
+            `lambda model: AutoNormal(model, init_scale=0.01)`.
+        point_globals: θ0, scales and φ are points at their mode (`AutoDelta`; densities as in the
+            other strategies, over scales and φ themselves), and the guide is for the θ_i.
+        centred: θ_i itself is a site, and not z_i. Better where tasks have much data each; with few
+            rows a task, scales and θ_i then depend on each other and diagonal guides suffer.
+        steps: optimiser steps on the training tasks.
+        learning_rate: of Adam; decays to 0 on a cosine.
+        samples: draws of the guide per step.
+        adapt_steps: optimiser steps for the guide of new tasks.
+        draws: of the guide, kept in a posterior.
+
+    Raises:
+        ValueError: a guide that is not callable; fewer than one sample, or than two draws.
+    """
+
+    guide: Guide = AutoNormal
+    point_globals: bool = False
+    centred: bool = False
+    steps: int = 2000
+    learning_rate: float = 0.03
+    samples: int = 1
+    adapt_steps: int = 500
+    draws: int = 500
+
+    def __post_init__(self) -> None:
+        if not callable(self.guide):
+            raise ValueError(
+                "guide must be an autoguide's class or a function from a model to a guide, got "
+                f"{self.guide!r}"
+            )
+        for name, least in (("samples", 1), ("draws", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+
+    def __repr__(self) -> str:
+        """Without addresses: checkpoints know their strategy by it, in another process too."""
+        rest = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)[1:])
+        return f"PyroSVI(guide={_label(self.guide)}, {rest})"
+
+    @property
+    def name(self) -> str:
+        """`PyroSVI`, with the guide's name and what is a point."""
+        return f"PyroSVI ({_label(self.guide)}{', point globals' * self.point_globals})"
+
+    @property
+    def num_steps(self) -> int:
+        """`steps`."""
+        return self.steps
+
+    def prepare(self, tasks: Tasks | TaskSource, seed: int) -> Tasks:
+        """All rows of the tasks; a stream's tasks never come back to their part of the guide."""
+        if isinstance(tasks, TaskSource):
+            raise ValueError("PyroSVI needs Tasks, not an endless TaskSource")
+        return tasks.unsplit
+
+    def init(
+        self,
+        density: Density,
+        prior: GaussianPrior,
+        tasks: Tasks | TaskSource,
+        generator: torch.Generator,
+    ) -> State:
+        """A guide at its start.
+
+        Raises:
+            ValueError: no hyperprior, a low-rank prior, a model with params (as in `hierarchy`); a
+                guide that is none, misses a site or samples one that is not there.
+        """
+        assert isinstance(tasks, Tasks)
+        return self._state(Meta.start(density, prior), tasks, {}, generator)
+
+    def step(
+        self, density: Density, state: State, batch: Batch, generator: torch.Generator
+    ) -> StepInfo:
+        """One gradient step on the guide's parameters."""
+        batch.require_all("PyroSVI")
+        loss = self._descend(density, state, batch.tasks, generator, self.steps)
+        if state.step + 1 == self.num_steps:
+            _, raw = self._draw(state, 1 if self.point_globals else self.draws, generator)
+            for name, value in raw.items():
+                state.meta.raw[name].detach().copy_(value.mean(0))
+        return StepInfo(loss, self.samples * len(batch.tasks))
+
+    def adapt(
+        self, density: Density, state: State, tasks: Tasks, generator: torch.Generator
+    ) -> TaskPosterior:
+        """A fresh guide over θ_i, with θ0, scales and φ fixed at their means (or points)."""
+        fresh = self._state(state.meta, tasks, global_sites(state.meta), generator)
+        for _ in range(self.adapt_steps):
+            self._descend(density, fresh, tasks, generator, self.adapt_steps)
+            fresh.step += 1
+        return self.posterior(density, fresh, tasks, generator)
+
+    def posterior(
+        self, density: Density, state: State, tasks: Tasks, generator: torch.Generator
+    ) -> TaskPosterior:
+        """Draws of the guide as it was optimised."""
+        theta, raw = self._draw(state, self.draws, generator)
+        shared = density.shared_init + density.shared_scale * raw["shared"]
+        return Draws(density, tasks.names, shared[:, None].expand(-1, len(tasks), -1), theta)
+
+    # -- private ----------------------------------------------------------------------------------
+
+    def _state(
+        self, meta: Meta, tasks: Tasks, fixed: dict[str, Tensor], generator: torch.Generator
+    ) -> State:
+        """A new guide of the model, whose sites `fixed` are given, and its optimiser."""
+        like, names = meta.origin.loc, list(global_sites(meta))
+        kind = {"centred": self.centred, "point_globals": self.point_globals}
+        whole = model_in_units(meta.density, meta.origin, tasks, **kind)
+        model = poutine.condition(whole, data=fixed)
+        start = InitMessenger(init_to_feasible)(model)  # 0, whatever the guide's own idea of it
+        store = vars(ParamStoreDict())
+        with _pyro(store, generator):
+            points = self.point_globals and not fixed
+            part = self.guide(poutine.block(start, hide=names) if points else start)
+            if not callable(part):
+                raise ValueError(
+                    f"guide {_label(self.guide)} must return a guide, a function without "
+                    f"arguments; got {part!r}"
+                )
+            guide: Any = part
+            if fixed:  # a guide written by hand may know all sites
+                guide = poutine.block(poutine.condition(part, data=fixed), hide=names)
+            elif points:
+                guide = AutoGuideList(start)
+                guide.append(AutoDelta(poutine.block(start, expose=names)))
+                guide.append(part)
+            self._check_sites(start, guide)
+            if isinstance(part, torch.nn.Module):  # a flow is made in PyTorch's default data type
+                part.to(device=like.device, dtype=like.dtype)
+            params: dict[str, Any] = poutine.trace(guide, param_only=True).get_trace().nodes
+        # By leaf: a flow's parameters have more than one name.
+        once = {node["value"].unconstrained(): name for name, node in params.items()}
+        leaves = {f"guide {name}": leaf for leaf, name in once.items()}
+        optimiser = torch.optim.Adam([*leaves.values()], lr=self.learning_rate)
+        cache = {"model": model, "guide": guide, "store": store}
+        return State(meta, {"guide": optimiser}, leaves, cache=cache)
+
+    def _check_sites(self, model: Guide, guide: Guide) -> None:
+        """Raise a ValueError unless the guide samples what the model does."""
+        wanted, found = _sites(model), _sites(guide)
+        if wanted != found:
+            raise ValueError(
+                f"guide {_label(self.guide)} has the sites {found}, the model {wanted}; it must "
+                "sample each of them, at these shapes (the docstring of PyroSVI says what they are)"
+            )
+
+    def _descend(
+        self, density: Density, state: State, tasks: Tasks, generator: torch.Generator, steps: int
+    ) -> float:
+        """One step on the guide; the loss before it, nats per task."""
+        model, guide, store = (state.cache[name] for name in ("model", "guide", "store"))
+        elbo, leaves = Trace_ELBO(num_particles=self.samples), [*state.tensors.values()]
+        noise = generator.get_state()
+        with _pyro(store, generator), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Encountered NaN")  # said below, with the task's name
+            loss = elbo.differentiable_loss(model, guide) / len(tasks)
+            if bool(loss.isfinite()):
+                grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        if not bool(loss.isfinite()):
+            theta, raw = self._draw(state, self.samples, generator.set_state(noise))
+            shared = density.shared_init + density.shared_scale * raw["shared"]
+            every = shared[:, None].expand(-1, len(tasks), -1)
+            with torch.no_grad():
+                losses = density.negative_log_likelihood(theta, tasks, every)
+            check_finite(losses.mean(0), tasks, state.step)
+            raise NonFiniteLoss(
+                f"step {state.step}: every task's loss is finite, the guide's density or the "
+                "prior's is not. Lower the learning rate or the guide's initial scale"
+            )
+        if not all(bool(g.isfinite().all()) for g in grads):
+            raise NonFiniteLoss(non_finite_gradient(state.step))
+        rate = decayed(self.learning_rate, state.step, steps)
+        update(state.optimisers["guide"], leaves, grads, rate)
+        return float(loss.detach())
+
+    def _draw(
+        self, state: State, count: int, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """θ `[count, T, D]`, and θ0, log scales and φ in the units of `meta.raw`."""
+        model, guide, store = (state.cache[name] for name in ("model", "guide", "store"))
+        names = global_sites(state.meta)
+        theta, flat = [], []
+        with _pyro(store, generator), torch.no_grad():
+            for _ in range(count):
+                drawn = poutine.trace(guide).get_trace()
+                nodes = poutine.trace(poutine.replay(model, drawn)).get_trace().nodes
+                theta.append(nodes["_RETURN"]["value"])
+                flat.append(torch.cat([nodes[n]["value"].reshape(-1) for n in names]))
+        raw = state.meta.raw
+        parts = torch.stack(flat).split([len(t) for t in raw.values()], dim=-1)
+        return torch.stack(theta), dict(zip(raw, parts, strict=True))
+
+
+@contextmanager
+def _pyro(store: dict[str, Any], generator: torch.Generator) -> Iterator[None]:
+    """Run Pyro code with this parameter store, checks off and the generator's noise."""
+    with pyro_untouched(), validation_off(), global_rng(generator):
+        vars(pyro.get_param_store()).update(store)
+        yield
+
+
+def _sites(part: Guide) -> dict[str, tuple[int, ...]]:
+    """The latent sites of a model or guide, with their shapes."""
+    trace: Any = poutine.trace(part).get_trace()
+    return {
+        name: tuple(node["value"].shape)
+        for name, node in sorted(trace.iter_stochastic_nodes())
+        if not node["infer"].get("is_auxiliary")
+    }
+
+
+def _label(guide: Guide) -> str:
+    """A guide's name, without an address."""
+    if isinstance(guide, partial):
+        options = ", ".join(f"{name}={value!r}" for name, value in guide.keywords.items())
+        return f"{_label(guide.func)}, {options}"
+    name: str = getattr(guide, "__qualname__", None) or type(guide).__qualname__
+    return name
