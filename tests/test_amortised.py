@@ -14,6 +14,7 @@ from linear_gaussian import LinearGaussian
 from test_logdet import AT, DIM, EXACT, hilly, problem
 from torch import Tensor
 
+from benchmarks import envelope
 from varmeta import (
     IMAML,
     AmortisedVariational,
@@ -295,3 +296,14 @@ def test_defaults_are_what_is_well_posed() -> None:
     assert replace(LaplaceEvidence(), steps=3).q == "laplace"
     names = {s.name for s in (AmortisedVariational(q="laplace", outside="query"), IMAML())}
     assert names == {"AmortisedVariational (laplace, query)", "IMAML"}
+
+
+# -- the benchmark --------------------------------------------------------------------------------
+
+
+def test_the_benchmark_times_equal_gradients() -> None:
+    """With the inner problem solved, the envelope's and the implicit one are the same."""
+    steps = envelope.steps_of(envelope.radon())
+    fast, slow = (steps[f"amortised, {name}, Newton"]() for name in ("envelope", "implicit"))
+    assert_close(fast, slow, 1e-9)
+    assert len(steps) == 6 and envelope.time_of(steps["iMAML, query loss"]) > 0

@@ -65,7 +65,7 @@ class LogDet:
     """
 
     probes: int | None = None
-    lanczos_steps: int = 30
+    lanczos_steps: int = 20
     solver: LinearSolver = field(default_factory=CG)
 
     def __post_init__(self) -> None:
