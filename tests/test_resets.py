@@ -9,18 +9,21 @@ from varmeta.inference.resets import Reset
 from varmeta.inference.table import descend, new_table, reset
 
 
-def steps(schedule: Reset, end: int) -> list[int]:
-    return [s for s in range(end) if schedule.number(s) is not None]
-
-
 def test_the_schedule() -> None:
-    assert steps(Reset(3), 10) == [3, 6, 9]
-    assert steps(Reset(3, until=6), 20) == [3, 6]
-    assert steps(Reset(10, growth=2.0), 200) == [10, 30, 70, 150]
-    assert steps(Reset(2, growth=1.5), 20) == [2, 5, 10, 16]  # 2, 5, 9.5, 16.25
-    for schedule in (Reset(3), Reset(10, growth=2.0)):
-        at = steps(schedule, 100)
-        assert [schedule.number(s) for s in at] == list(range(len(at)))
+    assert Reset(3).times(10) == (3, 6, 9)
+    assert Reset(3).times(9) == (3, 6)
+    assert Reset(3, until=6).times(20) == (3, 6)
+    assert Reset(10, growth=2.0).times(200) == (10, 30, 70, 150)
+    assert Reset(2, growth=1.5).times(20) == (2, 5, 10, 16)  # 2, 5, 9.5, 16.25
+
+
+def test_a_cycle_goes_from_a_tasks_own_reset_to_its_next() -> None:
+    everyone, half = Reset(10), Reset(10, fraction=0.5)
+    assert [everyone.phase(s, 35, 0) for s in (0, 5, 10, 29, 30, 34)] == [0, 0.5, 0, 0.9, 0, 0.8]
+    assert [everyone.phase(s, 35, 7) for s in (5, 10)] == [0.5, 0]
+    # Even tasks at 10 and 30, odd ones at 20, of 40 steps.
+    assert [half.phase(s, 40, 2) for s in (5, 10, 20, 29, 35)] == [0.5, 0, 0.5, 0.95, 0.5]
+    assert [half.phase(s, 40, 1) for s in (10, 20, 30)] == [0.5, 0, 0.5]
 
 
 @pytest.mark.parametrize(("fraction", "turns"), [(1.0, 1), (0.5, 2), (0.25, 4), (0.1, 10)])
@@ -37,7 +40,7 @@ def test_rows_move_part_of_the_way_and_forget_as_much() -> None:
     table = new_table(torch.zeros(2), 4)
     everyone = torch.arange(4)
     for _ in range(3):
-        descend(table, everyone, torch.ones(4, 2), 0.1)
+        descend(table, everyone, torch.ones(4, 2), torch.full((4,), 0.1))
     before = {name: t.clone() for name, t in table.items()}
     reset(table, slice(0, None, 2), torch.tensor([1.0, 2.0]), 0.25)
     expected = before["rows"][0] + 0.25 * (torch.tensor([1.0, 2.0]) - before["rows"][0])
@@ -59,7 +62,7 @@ def test_a_row_moves_as_under_pytorchs_adam_whatever_the_others_do() -> None:
     adams = [torch.optim.Adam([t], lr=0.1) for t in alone]
     for step, grad in enumerate(gradients):
         index = torch.tensor([0, 1] if step % 3 == 0 else [0])
-        descend(table, index, grad[index], 0.1)
+        descend(table, index, grad[index], torch.full((len(index),), 0.1))
         for i in index.tolist():
             alone[i].grad = grad[i]
             adams[i].step()

@@ -9,6 +9,7 @@ al., 2021, Large-Scale Meta-Learning with Continual Trajectory Shifting).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -51,7 +52,7 @@ class JointVariational(Strategy):
         rank: of a low-rank q.
         steps: optimiser steps on the training tasks.
         learning_rate: of Adam, for the prior and the q_i, in units of the user's prior; decays to 0
-            on a cosine.
+            on a cosine (for q_i, between two resets).
         expectation: E_q f by `"draws"`, or by `"cubature"`: 2K points (K = D, or D + rank) that
             average every polynomial of degree 3 in θ exactly, so a linear-Gaussian f; others
             approximately, but without noise.
@@ -174,13 +175,12 @@ class JointVariational(Strategy):
         self, density: Density, state: State, batch: Batch, generator: torch.Generator
     ) -> StepInfo:
         """One gradient step on the prior and on the batch's q_i."""
-        number = self.resets.number(state.step) if self.resets else None
-        if self.resets and number is not None:
-            which = self.resets.which(number)
+        if self.resets and state.step in self.resets.times(self.steps):
+            which = self.resets.which(self.resets.times(self.steps).index(state.step))
             reset(state.tensors, which, self._start(state.meta), self.resets.amount)
             if self.prior_update == "closed_form":
                 self._count_again(state)
-        return self._descend(density, state, batch, generator, self.steps, learn=True)
+        return self._descend(density, state, batch, generator, self._rates(state, batch), True)
 
     def adapt(
         self, density: Density, state: State, tasks: Tasks, generator: torch.Generator
@@ -188,9 +188,10 @@ class JointVariational(Strategy):
         """New q_i by the same steps under the learned prior."""
         fresh = State(state.meta, tensors=new_table(self._start(state.meta), len(tasks)))
         batch = Batch(tasks, torch.arange(len(tasks)), len(tasks))
-        for _ in range(self.adapt_steps):
-            self._descend(density, fresh, batch, generator, self.adapt_steps, learn=False)
-            fresh.step += 1
+        for step in range(self.adapt_steps):
+            rate = decayed(self.learning_rate, step, self.adapt_steps)
+            rates = fresh.tensors["visits"].new_full((len(tasks),), rate)
+            self._descend(density, fresh, batch, generator, rates, learn=False)
         return self._read(density, fresh, tasks)
 
     def posterior(
@@ -229,7 +230,7 @@ class JointVariational(Strategy):
         state: State,
         batch: Batch,
         generator: torch.Generator,
-        steps: int,
+        rates: Tensor,
         learn: bool,
     ) -> StepInfo:
         meta, table = state.meta, state.tensors
@@ -252,18 +253,28 @@ class JointVariational(Strategy):
         # A row's own objective is its task's loss, not the mean: undo the 1/B, so that the step
         # does not depend on the batch size through Adam's ε.
         own = grads[-1] * len(index)
-        rate = decayed(self.learning_rate, state.step, steps)
         closed = learn and self.prior_update == "closed_form"
         if closed:
             add_moments(table, meta, q, -(table["visits"][index] > 0).double())
-        descend(table, index, own, rate)
+        descend(table, index, own, rates)
         if leaves:
+            rate = decayed(self.learning_rate, state.step, self.steps)
             update(state.optimisers["meta"], leaves, grads[:-1], rate)
         if closed:
             add_moments(table, meta, self._q(meta, prior, table["rows"][index]), 1.0)
             maximise(table, meta, batch.total, self.learn_loc, self._learns_scale)
         count = len(batch.tasks) * (1 if points is None else len(points))
         return StepInfo(float(total.detach()), count, {"grad_norm": own.norm(dim=-1)})
+
+    def _rates(self, state: State, batch: Batch) -> Tensor:
+        """The learning rate of each task's q_i, `[B]`: its cosine begins again at its resets."""
+        rows, step = state.tensors["rows"], state.step
+        if self.resets is None:
+            return rows.new_full((len(batch.index),), decayed(self.learning_rate, step, self.steps))
+        turns = range(self.resets.turns)
+        phases = rows.new_tensor([self.resets.phase(step, self.steps, task) for task in turns])
+        each = 0.5 * self.learning_rate * (1 + (math.pi * phases).cos())
+        return each[batch.index.to(rows.device) % len(turns)]
 
     def _points(self, q: GaussianQ, generator: torch.Generator) -> Tensor | None:
         """Standardised points `[S, B, K]` at which f is averaged; None for a delta."""

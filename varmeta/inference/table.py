@@ -24,8 +24,11 @@ def new_table(row: Tensor, count: int) -> dict[str, Tensor]:
     }
 
 
-def descend(table: dict[str, Tensor], index: Tensor, grad: Tensor, rate: float) -> None:
-    """One step of Adam (Kingma & Ba, 2015) on the rows `index` `[B]` with gradients `[B, K]`."""
+def descend(table: dict[str, Tensor], index: Tensor, grad: Tensor, rate: Tensor) -> None:
+    """One step of Adam (Kingma & Ba, 2015) on the rows `index` `[B]`.
+
+    `grad` is `[B, K]`, `rate` `[B]`.
+    """
     momentum = table["momentum"][index].lerp(grad, 1 - _BETA)
     square = table["square"][index].lerp(grad**2, 1 - _BETA_SQUARE)
     visits = table["visits"][index] + 1
@@ -33,7 +36,7 @@ def descend(table: dict[str, Tensor], index: Tensor, grad: Tensor, rate: float) 
     table["visits"][index] = visits
     mean = momentum / (1 - _BETA**visits)[:, None]
     size = (square / (1 - _BETA_SQUARE**visits)[:, None]).sqrt() + _EPS
-    table["rows"][index] -= rate * mean / size
+    table["rows"][index] -= rate[:, None] * mean / size
 
 
 def reset(table: dict[str, Tensor], which: slice, row: Tensor, amount: float) -> None:
