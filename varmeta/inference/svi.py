@@ -21,7 +21,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
-from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoNormal
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_feasible
 from pyro.params.param_store import ParamStoreDict
 from torch import Tensor
@@ -196,9 +196,7 @@ class PyroSVI(Strategy):
             if fixed:  # a guide written by hand may know all sites
                 guide = poutine.block(poutine.condition(part, data=fixed), hide=names)
             elif points:
-                guide = AutoGuideList(start)
-                guide.append(AutoDelta(poutine.block(start, expose=names)))
-                guide.append(part)
+                guide = _both(AutoDelta(poutine.block(start, expose=names)), part)
             self._check_sites(start, guide)
             if isinstance(part, torch.nn.Module):  # a flow is made in PyTorch's default data type
                 part.to(device=like.device, dtype=like.dtype)
@@ -272,6 +270,11 @@ def _pyro(store: dict[str, Any], generator: torch.Generator) -> Iterator[None]:
     with pyro_untouched(), validation_off(), global_rng(generator):
         vars(pyro.get_param_store()).update(store)
         yield
+
+
+def _both(one: Guide, other: Guide) -> Guide:
+    """The sites of both; an `AutoGuideList` would insist on making the other's plates."""
+    return lambda: (one(), other())
 
 
 def _sites(part: Guide) -> dict[str, tuple[int, ...]]:
