@@ -30,6 +30,8 @@ from varmeta.inference.nuts import PyroNUTS
 from varmeta.inference.nystrom import Nystrom
 from varmeta.inference.pooling import CompletePooling, NoPooling
 from varmeta.inference.prox import Detached, Implicit, OneStep, Unrolled, prox
+from varmeta.inference.reachability import reachability_gap
+from varmeta.inference.resets import Reset
 from varmeta.inference.stochastic import Langevin, Stochastic
 from varmeta.inference.svi import PyroSVI
 from varmeta.models import Density, GaussianPrior, hierarchy
@@ -72,6 +74,7 @@ __all__ = [
     "PyroNUTS",
     "PyroSVI",
     "Reptile",
+    "Reset",
     "Stochastic",
     "Strategy",
     "TaskPosterior",
@@ -85,5 +88,6 @@ __all__ = [
     "hierarchy",
     "laplace_evidence",
     "prox",
+    "reachability_gap",
     "to_arviz",
 ]

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -192,6 +192,8 @@ class Strategy(ABC):
     A strategy is a frozen dataclass whose fields are its configuration; `fit` is the only loop.
     To write one, subclass this and say `init`, `step` and `adapt`.
     """
+
+    keeps_posteriors: ClassVar[bool] = False  # of training tasks, learned along with the prior
 
     @property
     def name(self) -> str:

@@ -30,6 +30,13 @@ class GaussianQ:
     sd: Tensor | None = None
     factor: Tensor | None = None
 
+    @classmethod
+    def of(cls, posterior: Gaussian) -> GaussianQ:
+        """The q of a posterior; `posterior` is the way back."""
+        if posterior.scale.dim() == 3:
+            return cls(posterior.loc, factor=posterior.scale)
+        return cls(posterior.loc, posterior.scale, posterior.factor)
+
     @property
     def noise_dim(self) -> int:
         """How many standard normals make a draw."""

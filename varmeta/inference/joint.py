@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -75,6 +75,8 @@ class JointVariational(Strategy):
             θ, θ0 and σ grows without end as σ → 0; Chen et al., 2019, appendix); a closed form
             where there is none; a number out of range.
     """
+
+    keeps_posteriors: ClassVar[bool] = True
 
     q: Kind = "diagonal"
     rank: int = 2
