@@ -64,7 +64,7 @@ def test_it_is_exact_where_a_task_sits_in_a_well_that_theta0_does_not_lead_to() 
 
 
 def test_resets_close_it() -> None:
-    """Five steps lead a fresh q_i less far than 200 led the kept ones; with resets both take five."""
+    """Five steps lead a fresh q_i less far than 200 led the kept ones; with resets both take 5."""
     case = case_of(LinearGaussian.random(0))
     few = JointVariational(q="delta", steps=200, learning_rate=0.1, adapt_steps=5)
     done = [
