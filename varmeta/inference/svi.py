@@ -145,7 +145,7 @@ class PyroSVI(Strategy):
     def step(
         self, density: Density, state: State, batch: Batch, generator: torch.Generator
     ) -> StepInfo:
-        """One gradient step on the guide's parameters."""
+        """One gradient step on the guide; the last one writes θ0, scales and φ down in `meta`."""
         batch.require_all("PyroSVI")
         loss = self._descend(density, state, batch.tasks, generator, self.steps)
         if state.step + 1 == self.num_steps:
