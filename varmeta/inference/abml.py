@@ -7,7 +7,8 @@ all rows of the task, through the steps. Within one adaptation E_q is an average
 standardised draws in every step; the outer bound has draws of its own, so that a q_i that fitted
 its draws gains nothing. Where the paper steps in θ and log σ, here the mean moves in units of the
 prior's standard deviations, (m−θ0)/σ0, and the spread as log(s/σ0): the KL's own curvature is then
-1 and 2 whatever the scales are, and a step size that fits stays one while they are learned.
+1 and 2 whatever the scales are, and a step size that fits stays one while they are learned. The
+hyperprior is that of every strategy here; theirs is normal on the mean, gamma on the precision.
 """
 
 from __future__ import annotations
