@@ -33,9 +33,9 @@ from varmeta.inference.base import Strategy
 from varmeta.inference.fit import Fit, fit
 from varmeta.inference.imaml import IMAML
 from varmeta.inference.joint import JointVariational
-from varmeta.inference.resets import Reset
 from varmeta.inference.nuts import PyroNUTS
 from varmeta.inference.pooling import CompletePooling
+from varmeta.inference.resets import Reset
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import Delta, Draws, Gaussian, TaskPosterior
@@ -446,7 +446,7 @@ def test_folds_report_their_worst() -> None:
         iterations=torch.arange(len(owner)),
     )
     stats = group(to_arviz(run, posterior=gaussian(), draws=2), "sample_stats")
-    assert all(v.dims == ("task",) for v in stats.data_vars.values())
+    assert all(v.dims == ("task",) for k, v in stats.items() if k not in ("log_p", "log_q"))
     for name in COUNTS:
         own = [k for k, other in enumerate(owner) if other == name]
         here = stats.sel(task=name)
@@ -472,7 +472,7 @@ def test_diagnostics_of_a_strategys_own_tasks_are_left_out() -> None:
             return replace(tasks, names=("x", "y", "z"))
 
     run = unfitted(Renaming(), residual=torch.ones(T))
-    assert "sample_stats" not in groups_of(to_arviz(run, posterior=gaussian(), draws=2))
+    assert "sample_stats" not in groups_of(to_arviz(run, posterior=hand_draws(), draws=2))
 
 
 # -- what can go wrong -------------------------------------------------------------------------

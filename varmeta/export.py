@@ -13,7 +13,7 @@ from torch import Tensor
 from varmeta.inference.fit import Fit
 from varmeta.inference.nuts import PyroNUTS
 from varmeta.models.density import Density
-from varmeta.posterior import Draws, TaskPosterior
+from varmeta.posterior import Draws, Gaussian, TaskPosterior
 from varmeta.seeds import generator
 from varmeta.tasks import Tasks, TaskSource
 
@@ -58,7 +58,11 @@ def to_arviz(
       have no ESS or R-hat, and `az.summary` and the trace plots would warn of that.
     - `sample_stats`: diagnostics of the adaptation, `(task)`; for the training tasks also those of
       the last training step on each that the adaptation does not have (the worst over a task's
-      folds); for NUTS `diverging` `(chain, draw)`. Left out where there are none.
+      folds); for NUTS `diverging` `(chain, draw)`. For a posterior with a density `log_p`, which is
+      log p(y_i | θ_i, φ) + log N(θ_i; θ0, Σ), and `log_q`, log q_i(θ_i), `(chain, draw, task)`, in
+      nats, of each draw: both are densities of the unconstrained θ_i. ArviZ 1.x's
+      `az.loo_approximate_posterior` takes them for the rows of one task, `loo` for all tasks.
+      Left out where there are none.
 
     With a `"delta"` posterior all draws are alike, which leaves PSIS (`az.loo`, `az.compare`)
     nothing to go by: ArviZ 0.x warns of every row, ArviZ 1.x raises.
@@ -146,7 +150,12 @@ def _groups(
 
     predicted = density.predict(theta, rows, generator(seed, _PREDICT, device=device), shared)
     target = density.observed[0] if len(density.observed) == 1 else rows.target_name
-    log_likelihood = {target: density.log_likelihood(theta, rows, shared)[:, rows.mask]}
+    nats = density.log_likelihood(theta, rows, shared)
+    log_likelihood = {target: nats[:, rows.mask]}
+    if isinstance(posterior, Gaussian):
+        log_p = nats.sum(-1) + fit.prior.log_prob(theta)
+        weights = {"log_p": log_p, "log_q": posterior.log_prob(theta)}
+        stats |= _drawn(weights, "task", chains=chains)
     return {
         "posterior": drawn,
         "prior": learned,
