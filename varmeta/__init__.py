@@ -7,6 +7,7 @@ Data flow one way: `Tasks` → `Density` (a Pyro model of one task) → `Gaussia
 from importlib.metadata import version as _version
 
 from varmeta.comparison import Comparison, compare
+from varmeta.evidence import Evidence, Loo, evidence, loo
 from varmeta.export import to_arviz
 from varmeta.inference.abml import ABML
 from varmeta.inference.amortised import (
@@ -55,6 +56,7 @@ __all__ = [
     "CompletePooling",
     "Density",
     "Detached",
+    "Evidence",
     "Fit",
     "GaussianPrior",
     "GradientCheck",
@@ -64,6 +66,7 @@ __all__ = [
     "Langevin",
     "LaplaceEvidence",
     "LogDet",
+    "Loo",
     "MetaSGD",
     "Neumann",
     "NewtonCG",
@@ -84,9 +87,11 @@ __all__ = [
     "__version__",
     "check_gradient",
     "compare",
+    "evidence",
     "fit",
     "hierarchy",
     "laplace_evidence",
+    "loo",
     "prox",
     "reachability_gap",
     "to_arviz",

@@ -1,0 +1,249 @@
+"""How far a task posterior can be trusted: importance sampling from q_i to the exact posterior.
+
+Draws θ_s ~ q_i are weighed by
+
+    log w_s = log p(y_i | θ_s, φ) + log N(θ_s; θ0, Σ) − log q_i(θ_s).
+
+Their mean is an unbiased estimate of the evidence p(y_i | θ0, Σ, φ), and the mean of log w_s one of
+the evidence bound (ELBO). Where q_i misses a part of the posterior a few weights outgrow the rest:
+Pareto smoothed importance sampling (Vehtari, Simpson, Gelman, Yao & Gabry, 2024, Pareto Smoothed
+Importance Sampling) fits a generalised Pareto distribution to the largest of them. Its shape k says
+how heavy their tail is, and so whether q_i is to be trusted (Yao, Vehtari, Simpson & Gelman, 2018,
+Yes, but Did It Work?); its quantiles in place of the largest weights make a steadier estimate.
+
+Leaving a row out divides its likelihood away, w_s / p(y_n | θ_s, φ): approximate leave-one-out
+(Magnusson, Andersen, Jonasson & Vehtari, 2019, Bayesian Leave-One-Out Cross-Validation for Large
+Data).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from varmeta.models.prior import GaussianPrior
+from varmeta.posterior import Gaussian, TaskPosterior
+from varmeta.seeds import generator
+from varmeta.tasks import Tasks
+
+MIN_DRAWS, _GOOD = 25, 0.7  # PSIS fits its tail, a fifth of the draws, to no fewer than five
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What draws from each q_i say of the evidence, and of q_i. Nats; `[T]` in float64.
+
+    Attributes:
+        names: the tasks' names.
+        log_evidence: log p(y_i | θ0, Σ, φ), the logarithm of the mean weight.
+        psis: the same with the largest weights smoothed; the better one wherever they differ.
+        elbo: the bound E_q log w ≤ log p(y_i | θ0, Σ, φ).
+        pareto_k: shape of the weights' tail, which has finite moments below order 1/k; −inf if the
+            weights are equal (q_i is the posterior), inf if no tail could be fitted. Weights
+            whose k is above min(1 − 1/log10 S, 0.7) are not to be trusted.
+        ess: effective sample size of the smoothed weights, 1/Σ w̃² of the normalised ones.
+        draws: S, how many draws of each task.
+    """
+
+    names: tuple[str, ...]
+    log_evidence: Tensor
+    psis: Tensor
+    elbo: Tensor
+    pareto_k: Tensor
+    ess: Tensor
+    draws: int
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per task: the numbers above, and a `verdict` in plain words."""
+        numbers = ("log_evidence", "psis", "elbo", "pareto_k", "ess")
+        columns = {name: getattr(self, name).numpy() for name in numbers}
+        verdict = [_verdict(k, self.draws) for k in self.pareto_k.tolist()]
+        return pd.DataFrame({"task": self.names, **columns, "verdict": verdict})
+
+    def __str__(self) -> str:
+        table = self.table.round({"pareto_k": 2, "ess": 0})
+        return table.to_string(index=False, float_format="{:.6g}".format)
+
+
+@dataclass(frozen=True, eq=False)
+class Loo:
+    """Leave-one-out log predictive density. Nats; see `loo`.
+
+    Attributes:
+        elpd: Σ_n log p(y_n | the task's other rows, θ0, Σ, φ) over all rows of all tasks.
+        se: its standard error as ArviZ states it, √(rows × variance over rows).
+        table: one row per row of data: `task`, `row` (`tasks.row_ids`), `elpd`, `pareto_k`.
+        draws: S, how many draws of each task.
+    """
+
+    elpd: float
+    se: float
+    table: pd.DataFrame
+    draws: int
+
+    def __str__(self) -> str:
+        limit, k = good_k(self.draws), self.table["pareto_k"]
+        rows = f"{len(k)} rows, {(k > limit).sum()} of them with a Pareto k above {limit:.2f}"
+        return f"leave-one-out elpd {self.elpd:.2f} ± {self.se:.2f} nats: {rows}"
+
+
+def evidence(
+    posterior: TaskPosterior,
+    prior: GaussianPrior,
+    tasks: Tasks,
+    *,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Evidence:
+    """log p(y_i | θ0, Σ, φ) of each task by importance sampling from q_i, and whether q_i is good.
+
+    With `prior=fit.prior` that of what the fit learned. `laplace_evidence` is the same number by
+    one expansion at the mode, without a figure of trust.
+
+    Args:
+        posterior: of these tasks given these rows, for example `fit.adapt(tasks)`.
+        prior: N(θ0, Σ).
+        tasks: T tasks; all of their rows count.
+        draws: of each task, at least 25.
+        seed: of the draws, which are those of `to_arviz` with the same seed and number.
+
+    Raises:
+        ValueError: a posterior without a density (a delta, or draws), or of other tasks; too few
+            draws.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist, varmeta as vm
+        >>> def school(x, y=None):
+        ...     effect = pyro.sample("effect", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("rows", x.shape[0]):
+        ...         return pyro.sample("y", dist.Normal(effect, x[:, 0]), obs=y)
+        >>> rows = [
+        ...     (torch.tensor([[s]]), torch.tensor([y])) for s, y in [(15.0, 28.0), (10.0, 8.0)]
+        ... ]
+        >>> tasks = vm.Tasks.from_list(rows, names=["A", "B"])
+        >>> fit = vm.fit(vm.LaplaceEvidence(steps=5), vm.Density(school, tasks), tasks)
+        >>> result = vm.evidence(fit.posterior(), fit.prior, tasks)
+        >>> bool((result.pareto_k < 0.7).all())  # Laplace's q is the exact posterior here
+        True
+    """
+    _, log_p, log_q = _densities(posterior, prior, tasks, draws, seed)
+    log_w = log_p - log_q
+    smoothed, k = smooth(log_w.T)
+    raw, total = np.logaddexp.reduce(log_w), np.logaddexp.reduce(smoothed, axis=1)
+    with np.errstate(invalid="ignore"):  # no weight at all: −inf − (−inf)
+        ess = 1 / (np.exp(smoothed - total[:, None]) ** 2).sum(1)
+    t, log_s, elbo = torch.from_numpy, math.log(draws), log_w.mean(0)
+    return Evidence(posterior.names, t(raw - log_s), t(total - log_s), t(elbo), t(k), t(ess), draws)
+
+
+def loo(
+    posterior: TaskPosterior,
+    prior: GaussianPrior,
+    tasks: Tasks,
+    *,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Loo:
+    """The log density of each row given its task's other rows, without adapting again.
+
+    θ0, Σ and φ stay as they are, learned from all rows: what is left out is a row's part in θ_i.
+    q_i is corrected by its own density, so that unlike `az.loo` on draws of q_i the result does not
+    take q_i for the posterior. Each task by itself: the weights are those of one θ_i.
+
+    Arguments and errors are those of `evidence`.
+    """
+    rows, log_p, log_q = _densities(posterior, prior, tasks, draws, seed)
+    mask = tasks.mask.cpu().numpy()
+    owner, each = mask.nonzero()[0], rows[:, mask].T  # [rows], [rows, S]
+    log_w, k = smooth((log_p - log_q).T[owner] - each)
+    total = np.logaddexp.reduce(log_w, axis=1)
+    elpd = np.logaddexp.reduce(log_w + each, axis=1) - total
+    ids = tasks.row_ids.cpu().numpy()[mask]  # type: ignore[union-attr]
+    columns = {"task": np.array(tasks.names)[owner], "row": ids, "elpd": elpd, "pareto_k": k}
+    se = float((len(elpd) * elpd.var()) ** 0.5)
+    return Loo(float(elpd.sum()), se, pd.DataFrame(columns), draws)
+
+
+def good_k(draws: int) -> float:
+    """The largest k to be trusted with so many draws, min(1 − 1/log10 S, 0.7) (Vehtari, 2024)."""
+    return min(1 - 1 / math.log10(draws), _GOOD)
+
+
+def smooth(log_w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """ArviZ's Pareto smoothed weights `[R, S]`, not normalised, and the shape k `[R]`.
+
+    ArviZ normalises them, smoothing the tail alone: the median weight shows by how much. What it
+    cannot fit comes back as it is, with k = −inf where the largest weights are equal up to rounding
+    (√ε), and inf where there is no tail to fit or a weight is not a number.
+    """
+    out, k = log_w.copy(), np.full(len(log_w), np.inf)
+    count = log_w.shape[1]
+    order = np.argsort(log_w, axis=1)
+    middle, tail = order[:, count // 2], order[:, -int(min(count / 5, 3 * count**0.5))]
+    each = np.arange(len(log_w))
+    largest = log_w[each, order[:, -1]]  # NaN if there is one
+    fitted = np.isfinite(largest) & np.isfinite(log_w[each, middle])
+    with np.errstate(invalid="ignore"):
+        flat = fitted & (largest - log_w[each, tail] < np.finfo(np.float64).eps ** 0.5)
+    k[flat] = -np.inf
+    fitted &= ~flat
+    if fitted.any():
+        normalised, shape = _psislw(log_w[fitted])
+        body = middle[fitted, None]
+        lost = np.take_along_axis(log_w[fitted], body, 1) - np.take_along_axis(normalised, body, 1)
+        good = np.isfinite(shape)
+        index = fitted.nonzero()[0][good]
+        out[index], k[index] = (normalised + lost)[good], shape[good]
+    return out, k
+
+
+def _psislw(log_w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Normalised log weights and k from the installed ArviZ, 0.x or 1.x."""
+    with np.errstate(all="ignore"):  # a tail that cannot be fitted: its k is not finite
+        if int(version("arviz").split(".")[0]) >= 1:
+            from arviz_stats.base import array_stats  # type: ignore[import-not-found]
+
+            return tuple(array_stats.psislw(-log_w, axis=-1))  # which negates its argument
+        from arviz import psislw
+
+        return tuple(psislw(log_w))
+
+
+def _densities(
+    posterior: TaskPosterior, prior: GaussianPrior, tasks: Tasks, draws: int, seed: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of draws from q_i: log p(y_n | θ, φ) `[S, T, N]`, log p(y_i, θ) and log q_i(θ) `[S, T]`."""
+    if not isinstance(posterior, Gaussian):
+        raise ValueError(
+            f"a {posterior.kind} posterior has no density to weigh its draws by; use a strategy "
+            "with a Gaussian one (posterior_kind='laplace', or JointVariational), and for draws "
+            "az.loo(to_arviz(fit))"
+        )
+    if posterior.names != tasks.names:
+        got, wanted = (", ".join(names[:3]) for names in (posterior.names, tasks.names))
+        raise ValueError(f"posterior is of {got}, ..., the tasks are {wanted}, ...; pass their own")
+    if draws < MIN_DRAWS:
+        raise ValueError(f"draws must be at least {MIN_DRAWS}, got {draws}")
+    with torch.no_grad():
+        theta, shared = posterior.sample(draws, generator(seed, 0, device=prior.loc.device))
+        rows = posterior.density.log_likelihood(theta, tasks, shared)
+        values = (rows, rows.sum(-1) + prior.log_prob(theta), posterior.log_prob(theta))
+    nats, log_p, log_q = (value.double().cpu().numpy() for value in values)
+    return nats, log_p, log_q
+
+
+def _verdict(k: float, draws: int) -> str:
+    if k == -math.inf:
+        return "exact: the weights are equal"
+    if k <= good_k(draws):
+        return "good"
+    if k <= _GOOD:
+        return "take more draws"
+    return "not to be trusted: q misses part of the posterior"
