@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from rich.cells import cell_len
 from torch import Tensor
 
 import varmeta.comparison as compare_module
@@ -23,6 +24,7 @@ from varmeta import (
     PyroNUTS,
     Tasks,
     compare,
+    evidence,
 )
 from varmeta.comparison import _per_row
 from varmeta.runs import RunFolder
@@ -67,7 +69,16 @@ def test_table_and_outcomes(tmp_path: Path) -> None:
     table = result.table
     assert list(table["set"].unique()) == ["known tasks", "new tasks"]
     assert len(table) == 2 * 5
-    assert table.notna().all(axis=None)
+    assert table.drop(columns="pareto_k").notna().all(axis=None)
+    for row in table.to_dict("records"):
+        outcome = result.outcomes[row["strategy"]]
+        known = row["set"] == "known tasks"
+        posterior, tasks = (outcome.known, train) if known else (outcome.new, new)
+        if row["posterior"] in ("gaussian", "laplace"):
+            alone = evidence(posterior, outcome.fit.prior, tasks.support, draws=200)
+            assert row["pareto_k"] == float(alone.pareto_k.max())
+        else:
+            assert np.isnan(row["pareto_k"])
     for which, tasks in (("known tasks", train), ("new tasks", new)):
         part = table[table["set"] == which]
         assert (part["rows"] == int(tasks.query.mask.sum())).all()
@@ -135,6 +146,17 @@ def test_standard_error_is_that_of_a_mean_over_tasks() -> None:
     mean, error = _per_row(values, tasks)
     assert mean == pytest.approx(float(values.mean()))
     assert error == pytest.approx(float(values.mean(-1).std() / 3))
+
+
+def test_table_fits_its_width_with_long_names_and_says_how_far_to_trust() -> None:
+    density, train, _ = problem()
+    name = "A strategy whose name is far too long for a column (and goes on)"
+    wide = {name: NoPooling(steps=5, adapt_steps=5), "Laplace": IMAML(steps=2), "MAP": QUICK[3]}
+    result = compare(wide, density, train, draws=20)
+    result.table["pareto_k"] = [0.834, -np.inf, np.nan]
+    text = str(result)
+    assert all(cell_len(line) <= 140 for line in text.splitlines()) and "…" not in text
+    assert "k̂" in text and "0.83" in text and "exact" in text and "above 0.7" in text
 
 
 def test_nothing_held_out() -> None:

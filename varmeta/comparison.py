@@ -17,12 +17,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from varmeta.evidence import MIN_DRAWS, evidence
 from varmeta.inference.base import Strategy
 from varmeta.inference.fit import Fit, fit
 from varmeta.inference.nuts import PyroNUTS
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
-from varmeta.posterior import TaskPosterior
+from varmeta.posterior import Gaussian, TaskPosterior
 from varmeta.runs import RunFolder
 from varmeta.seeds import generator
 from varmeta.tasks import Tasks
@@ -64,6 +65,8 @@ class Comparison:
             density per held-out row, nats) with its standard error across tasks `elpd_se`,
             `elpd_diff` to the best strategy with that of the paired difference `elpd_diff_se`,
             `rmse` of the predictive mean, `coverage` of the central 90% predictive interval,
+            `pareto_k` of the worst task, given the rows that its posterior was conditioned on (see
+            `evidence`; above 0.7 its q_i is not to be trusted; NaN for draws and deltas),
             `seconds` of learning, `adapt_seconds`, `gradients` (evaluations of one task's loss),
             and the distance of the task posteriors to NUTS: `mean_shift`, the median over tasks and
             coordinates of |difference of means| / sd of NUTS, and `sd_ratio`, the median ratio of
@@ -232,6 +235,7 @@ def _score(
                 **dict.fromkeys(("elpd", "elpd_se", "elpd_diff", "elpd_diff_se"), np.nan),
                 "rmse": np.nan,
                 "coverage": np.nan,
+                "pareto_k": _worst_k(outcome.fit, posterior, tasks.support, draws, seed),
                 "seconds": outcome.fit.seconds,
                 "adapt_seconds": outcome.adapt_seconds,
                 "gradients": outcome.fit.gradients,
@@ -289,6 +293,14 @@ def _accuracy(posterior: TaskPosterior, tasks: Tasks, draws: int, seed: int) -> 
     return float((values.mean(0) - truth).square().mean().sqrt()), float(inside)
 
 
+def _worst_k(result: Fit, posterior: TaskPosterior, tasks: Tasks, draws: int, seed: int) -> float:
+    """Pareto k of the worst task; NaN without a density."""
+    if not isinstance(posterior, Gaussian):
+        return float("nan")
+    found = evidence(posterior, result.prior, tasks, draws=max(draws, MIN_DRAWS), seed=seed)
+    return float(found.pareto_k.max())
+
+
 # -- reading ---------------------------------------------------------------------------------------
 
 
@@ -298,10 +310,12 @@ def _rich(table: pd.DataFrame, which: str) -> Table:
         title=f"{which}: {rows or 'no'} held-out rows",
         title_justify="left",
         caption="log density in nats; ± a standard error across tasks (difference: of the pairs); "
+        "k̂: Pareto k of the worst task, above 0.7 its q is not to be trusted; "
         "shift: |mean − NUTS mean| in NUTS sds",
         caption_justify="left",
         box=SIMPLE_HEAD,
         pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     for heading in (
         "strategy",
@@ -310,13 +324,15 @@ def _rich(table: pd.DataFrame, which: str) -> Table:
         "difference\nto best",
         "RMSE",
         "90%\ncover",
+        "k̂\nmax",
         "seconds",
         "gradients",
         "shift",
         "sd ratio",
     ):
         left = heading in ("strategy", "posterior")
-        out.add_column(heading, justify="left" if left else "right", no_wrap=True)
+        wraps = heading == "strategy"  # a long name, and no number, gives way
+        out.add_column(heading, justify="left" if left else "right", no_wrap=not wraps)
     for row in table.sort_values("elpd", ascending=False, kind="stable").to_dict("records"):
         best, reference = row["elpd_diff"] == 0, row["mean_shift"] == 0
         out.add_row(
@@ -326,6 +342,7 @@ def _rich(table: pd.DataFrame, which: str) -> Table:
             "best" if best else _number(row["elpd_diff"], ".4f", row["elpd_diff_se"]),
             _number(row["rmse"], ".3g"),
             _number(row["coverage"], ".2f"),
+            "exact" if row["pareto_k"] == -np.inf else _number(row["pareto_k"], ".2f"),
             _number(row["seconds"], ".1f"),
             f"{row['gradients']:.2g}",
             "reference" if reference else _number(row["mean_shift"], ".2f"),
