@@ -103,8 +103,7 @@ def test_low_rank_posteriors_and_priors_are_exact_too(low_rank_prior: bool) -> N
     small = (0.5 * torch.linalg.eigvalsh(cov)[:, :1]).expand(-1, 3)
     q = replace(full, scale=small.sqrt(), factor=torch.linalg.cholesky(cov - small.diag_embed()))
     found = evidence(q, prior, CASE.tasks.support, draws=100)
-    exact = marginals(PROBLEM, prior.covariance().numpy())
-    assert_close(found.log_evidence, exact, 1e-10)
+    assert_close(found.log_evidence, marginals(PROBLEM, prior.covariance().numpy()), 1e-10)
     assert (found.pareto_k == -math.inf).all()
 
 
@@ -152,7 +151,7 @@ def test_best_diagonal_posterior() -> None:
     assert compared >= 10
 
 
-@pytest.mark.parametrize("variance", [0.02, 0.1])
+@pytest.mark.parametrize("variance", [0.005, 0.03])
 def test_too_narrow_is_not_to_be_trusted(variance: float) -> None:
     """k is 1 − variance in theory, for any dimension."""
     found = evidence(scaled(laplace(CASE), variance), CASE.prior, CASE.tasks.support)
@@ -165,8 +164,7 @@ def test_too_wide_is_good(variance: float) -> None:
     """The weights are bounded."""
     found = evidence(scaled(laplace(CASE), variance), CASE.prior, CASE.tasks.support)
     assert (found.pareto_k < 0.5).all() and (found.ess < found.draws).all()
-    assert (found.elbo < found.psis).all()
-    assert set(found.table["verdict"]) == {"good"}
+    assert (found.elbo < found.psis).all() and set(found.table["verdict"]) == {"good"}
     exact = tensor([PROBLEM.subset(i).log_marginal() for i in range(PROBLEM.num_tasks)])
     assert ((found.psis - exact).abs() < 4 * standard_error(found)).all()
 
@@ -281,8 +279,7 @@ def test_loo_against_leaving_out(variance: float) -> None:
     assert (k[tame] < 0.7).all()
     if variance == 1.0:  # where theory says that there is no mean, k says so as well
         assert (k[leverage > 0.9] > 0.7).all() and (leverage > 0.9).any()
-    assert found.elpd == pytest.approx(elpd.sum())
-    assert found.se == pytest.approx(elpd.std() * len(elpd) ** 0.5)
+    assert (found.elpd, found.se) == pytest.approx((elpd.sum(), elpd.std() * len(elpd) ** 0.5))
     assert found.table["row"].tolist() == tasks.row_ids[tasks.mask].tolist()  # type: ignore[index]
     assert "leave-one-out elpd" in str(found)
 
@@ -335,8 +332,7 @@ def test_loo_is_arvizs_on_one_task() -> None:
         part = ours.table[ours.table["task"] == name]
         np.testing.assert_allclose(part["elpd"], wanted.elpd_i.values, rtol=1e-9)
         np.testing.assert_allclose(part["pareto_k"], wanted.pareto_k.values, rtol=1e-6)
-        one = replace(ours, elpd=part["elpd"].sum(), table=part)
-        assert one.elpd == pytest.approx(wanted.elpd)
+        assert part["elpd"].sum() == pytest.approx(wanted.elpd)
 
 
 # -- Pareto smoothing -----------------------------------------------------------------------------
@@ -394,11 +390,10 @@ def test_refusals() -> None:
         evidence(q, CASE.prior, tasks.select([0, 1]))
     with pytest.raises(ValueError, match="draws must be at least 25, got 24"):
         evidence(q, CASE.prior, tasks, draws=24)
-    evidence(scaled(q, 1.5), CASE.prior, tasks, draws=25)
 
 
 def test_table_for_reading() -> None:
-    found = evidence(scaled(laplace(CASE), 0.05), CASE.prior, CASE.tasks.support, draws=100)
+    found = evidence(scaled(laplace(CASE), 0.01), CASE.prior, CASE.tasks.support, draws=25)
     assert found.table["task"].tolist() == list(CASE.tasks.names)
     assert list(found.table)[1:] == ["log_evidence", "psis", "elbo", "pareto_k", "ess", "verdict"]
     assert "not to be trusted" in str(found) and CASE.tasks.names[0] in str(found)
