@@ -25,8 +25,8 @@ from torch import Tensor
 import varmeta as vm
 from varmeta.data import load
 from varmeta.inference.base import Batch, State
-from varmeta.inference.free_energy import cubature
-from varmeta.inference.joint import bound
+from varmeta.inference.families import GaussianQ
+from varmeta.inference.free_energy import cubature, free_energy
 from varmeta.problems import county
 from varmeta.seeds import generator
 
@@ -109,7 +109,8 @@ def run(strategy: vm.Strategy, density: vm.Density, tasks: vm.Tasks, steps: int)
         if state.step % EVERY == 0:
             now, shared, mean, sd = moments(strategy, density, tasks, state)
             with torch.no_grad():
-                value = bound(density, now, shared, tasks, mean, sd, points).mean()
+                q = GaussianQ(mean, sd)
+                value = free_energy(density, now, shared, tasks, q, points).mean()
                 value = value - state.meta.log_prior() / len(tasks)
             seconds.append(sum(times))
             bounds.append(float(value))

@@ -29,7 +29,7 @@ from varmeta.seeds import generator
 from varmeta.tasks import TaskSource
 
 LIMIT = 4.0  # Monte Carlo standard errors
-STRATEGY = PyroNUTS(draws=150, warmup=50, chains=2)
+STRATEGY = PyroNUTS(draws=150, warmup=50, chains=2, target_accept=0.9)
 
 
 class Moments(NamedTuple):

@@ -59,7 +59,7 @@ def test_a_row_moves_as_under_pytorchs_adam_whatever_the_others_do() -> None:
     gradients = torch.randn(12, 2, 3, generator=torch.Generator().manual_seed(0))
     table = new_table(torch.zeros(3), 2)
     alone = [torch.zeros(3, requires_grad=True) for _ in range(2)]
-    adams = [torch.optim.Adam([t], lr=0.1) for t in alone]
+    adams = [torch.optim.Adam([t], lr=0.1, betas=(0.9, 0.95)) for t in alone]
     for step, grad in enumerate(gradients):
         index = torch.tensor([0, 1] if step % 3 == 0 else [0])
         descend(table, index, grad[index], torch.full((len(index),), 0.1))

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from varmeta.inference.base import Batch, State
 from varmeta.inference.energy import FunctionEnergy
-from varmeta.inference.joint import bound
+from varmeta.inference.families import GaussianQ
+from varmeta.inference.free_energy import free_energy
 from varmeta.inference.metagradient import MetaGradient
 from varmeta.inference.minimise import FirstOrder, GradientDescent
 from varmeta.inference.prox import ProxInfo, Unrolled, prox
@@ -91,7 +92,7 @@ class ABML(MetaGradient):
             return prior.loc + prior.scale * mean, prior.scale * log_sd.exp()
 
         def inner(moved: Tensor) -> Tensor:
-            return bound(density, prior, shared, tasks, *moments(moved), noise)
+            return free_energy(density, prior, shared, tasks, GaussianQ(*moments(moved)), noise)
 
         start = prior.loc.new_zeros(len(tasks), 2 * prior.dim)
         moved, info = prox(
@@ -115,7 +116,8 @@ class ABML(MetaGradient):
         """
         mean, sd, info = self.adapted(density, prior, shared, tasks.support, noise)
         info.gradients += len(fresh)
-        return bound(density, prior, shared, tasks.unsplit, mean, sd, fresh), info
+        q = GaussianQ(mean, sd)
+        return free_energy(density, prior, shared, tasks.unsplit, q, fresh), info
 
     def task_losses(
         self, density: Density, state: State, batch: Batch, generator: torch.Generator

@@ -310,16 +310,3 @@ _CHOICES = {
     "parametrisation": ("plain", "whitened"),
     "prior_update": ("gradient", "closed_form"),
 }
-
-
-def bound(
-    density: Density,
-    prior: GaussianPrior,
-    shared: Tensor,
-    tasks: Tasks,
-    mean: Tensor,
-    sd: Tensor,
-    noise: Tensor,
-) -> Tensor:
-    """The former form of `free_energy`."""
-    return free_energy(density, prior, shared, tasks, GaussianQ(mean, sd), noise)
