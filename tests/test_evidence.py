@@ -37,7 +37,7 @@ from varmeta import (
     loo,
     to_arviz,
 )
-from varmeta.evidence import Evidence, smooth
+from varmeta.importance import Evidence, smooth
 from varmeta.inference.imaml import adapt_map
 from varmeta.inference.newton import NewtonCG
 from varmeta.posterior import Delta, Draws, Gaussian

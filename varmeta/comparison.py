@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from varmeta.evidence import MIN_DRAWS, evidence
+from varmeta.importance import MIN_DRAWS, evidence
 from varmeta.inference.base import Strategy
 from varmeta.inference.fit import Fit, fit
 from varmeta.inference.nuts import PyroNUTS
