@@ -27,6 +27,7 @@ from varmeta import (
     evidence,
 )
 from varmeta.comparison import _per_row
+from varmeta.inference.reachability import reachability_gap
 from varmeta.runs import RunFolder
 from varmeta.seeds import generator
 
@@ -69,7 +70,7 @@ def test_table_and_outcomes(tmp_path: Path) -> None:
     table = result.table
     assert list(table["set"].unique()) == ["known tasks", "new tasks"]
     assert len(table) == 2 * 5
-    assert table.drop(columns="pareto_k").notna().all(axis=None)
+    assert table.drop(columns=["pareto_k", "gap"]).notna().all(axis=None)
     for row in table.to_dict("records"):
         outcome = result.outcomes[row["strategy"]]
         known = row["set"] == "known tasks"
@@ -79,6 +80,10 @@ def test_table_and_outcomes(tmp_path: Path) -> None:
             assert row["pareto_k"] == float(alone.pareto_k.max())
         else:
             assert np.isnan(row["pareto_k"])
+        if known and outcome.fit.strategy.keeps_posteriors:
+            assert row["gap"] == float(reachability_gap(outcome.fit).mean())
+        else:
+            assert np.isnan(row["gap"])
     for which, tasks in (("known tasks", train), ("new tasks", new)):
         part = table[table["set"] == which]
         assert (part["rows"] == int(tasks.query.mask.sum())).all()

@@ -21,6 +21,7 @@ from varmeta.importance import MIN_DRAWS, evidence
 from varmeta.inference.base import Strategy
 from varmeta.inference.fit import Fit, fit
 from varmeta.inference.nuts import PyroNUTS
+from varmeta.inference.reachability import reachability_gap
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import Gaussian, TaskPosterior
@@ -42,12 +43,14 @@ class Outcome:
         known: posterior of the training tasks given the rows that were seen.
         new: posterior of the new tasks given their support rows; None without new tasks.
         adapt_seconds: wall time that the two posteriors took.
+        gap: `reachability_gap` of each training task, nats, `[T]`; None where nothing was kept.
     """
 
     fit: Fit
     known: TaskPosterior
     new: TaskPosterior | None
     adapt_seconds: float
+    gap: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -67,6 +70,8 @@ class Comparison:
             `rmse` of the predictive mean, `coverage` of the central 90% predictive interval,
             `pareto_k` of the worst task, given the rows that its posterior was conditioned on (see
             `evidence`; above 0.7 its q_i is not to be trusted; NaN for draws and deltas),
+            `gap`, the mean `reachability_gap` of the training tasks, nats per task: how much worse
+            a fresh adaptation is than the posteriors that the strategy kept,
             `seconds` of learning, `adapt_seconds`, `gradients` (evaluations of one task's loss),
             and the distance of the task posteriors to NUTS: `mean_shift`, the median over tasks and
             coordinates of |difference of means| / sd of NUTS, and `sd_ratio`, the median ratio of
@@ -164,7 +169,9 @@ def compare(
         start = time.perf_counter()
         known = result.posterior()
         fresh = None if new is None else result.adapt(new.support)
-        outcomes[name] = Outcome(result, known, fresh, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        gap = reachability_gap(result) if strategy.keeps_posteriors else None
+        outcomes[name] = Outcome(result, known, fresh, seconds, gap)
     reference = next((n for n, o in outcomes.items() if isinstance(o.fit.strategy, PyroNUTS)), None)
     table = _score(outcomes, reference, train, new, draws, seed)
     comparison = Comparison(density, train, new, outcomes, reference, table)
@@ -236,12 +243,15 @@ def _score(
                 "rmse": np.nan,
                 "coverage": np.nan,
                 "pareto_k": _worst_k(outcome.fit, posterior, tasks.support, draws, seed),
+                "gap": np.nan,
                 "seconds": outcome.fit.seconds,
                 "adapt_seconds": outcome.adapt_seconds,
                 "gradients": outcome.fit.gradients,
                 "mean_shift": np.nan,
                 "sd_ratio": np.nan,
             }
+            if which == KNOWN and outcome.gap is not None:
+                row["gap"] = float(outcome.gap.mean())
             if held_out is not None:
                 lpd[name] = posterior.log_predictive(
                     held_out, draws, generator(seed, 0, device=held_out.mask.device)
@@ -311,6 +321,7 @@ def _rich(table: pd.DataFrame, which: str) -> Table:
         title_justify="left",
         caption="log density in nats; ± a standard error across tasks (difference: of the pairs); "
         "k̂: Pareto k of the worst task, above 0.7 its q is not to be trusted; "
+        "gap: nats per task that a fresh adaptation loses to what was kept; "
         "shift: |mean − NUTS mean| in NUTS sds",
         caption_justify="left",
         box=SIMPLE_HEAD,
@@ -325,6 +336,7 @@ def _rich(table: pd.DataFrame, which: str) -> Table:
         "RMSE",
         "90%\ncover",
         "k̂\nmax",
+        "gap",
         "seconds",
         "gradients",
         "shift",
@@ -343,6 +355,7 @@ def _rich(table: pd.DataFrame, which: str) -> Table:
             _number(row["rmse"], ".3g"),
             _number(row["coverage"], ".2f"),
             "exact" if row["pareto_k"] == -np.inf else _number(row["pareto_k"], ".2f"),
+            _number(row["gap"], ".2f"),
             _number(row["seconds"], ".1f"),
             f"{row['gradients']:.2g}",
             "reference" if reference else _number(row["mean_shift"], ".2f"),
