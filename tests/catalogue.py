@@ -25,6 +25,7 @@ from varmeta import (
     PyroNUTS,
     PyroSVI,
     Reptile,
+    Reset,
     Stochastic,
     Strategy,
     Unrolled,
@@ -85,7 +86,20 @@ CATALOGUE = {
     ),
     "abml": Entry(ABML(steps=6, minimiser=FEW, samples=4)),
     "joint": Entry(JointVariational(steps=8, adapt_steps=8)),
-    "joint reset": Entry(JointVariational(steps=9, reset_every=3, adapt_steps=8)),
+    "joint reset": Entry(JointVariational(steps=9, resets=Reset(3), adapt_steps=8)),
+    "joint full": Entry(JointVariational(q="full", steps=8, adapt_steps=8)),
+    "joint low rank, half resets": Entry(
+        JointVariational(
+            q="low_rank", rank=1, steps=9, adapt_steps=8, resets=Reset(2, fraction=0.5, amount=0.5)
+        )
+    ),
+    "joint whitened": Entry(JointVariational(parametrisation="whitened", steps=8, adapt_steps=8)),
+    "joint closed form": Entry(
+        JointVariational(prior_update="closed_form", batch_rows=2, steps=8, adapt_steps=8)
+    ),
+    "joint cubature, shift": Entry(
+        JointVariational(expectation="cubature", shift=True, steps=8, adapt_steps=8), separate=True
+    ),
     "joint delta": Entry(JointVariational(q="delta", steps=8, adapt_steps=8), separate=True),
     "stochastic": Entry(Stochastic(Langevin(run_length=5), steps=4, draws=20)),
     "stochastic score": Entry(
