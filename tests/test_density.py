@@ -261,3 +261,8 @@ def test_silent_in_the_first_task_is_not_silent():
 def test_parameters_that_the_user_froze_stay_frozen():
     names = [site.name for site in build(CASES["network"]).shared_sites]
     assert "frozen" not in names and len(names) == 4
+
+
+def test_it_may_be_built_where_gradients_are_off():
+    with torch.no_grad():
+        build(CASES["normal"])

@@ -74,8 +74,8 @@ def _check_gradient(density: Density, tasks: Tasks, flat: Tensor) -> None:
     """A site that changes the likelihood in steps, by rounding say, cannot be adapted."""
     sites = (*density.sites, *density.shared_sites)
     leaf = flat.detach().requires_grad_()
-    theta = leaf[: density.dim].expand(len(tasks), -1)
     with torch.enable_grad(), _OperationNames() as names:
+        theta = leaf[: density.dim].expand(len(tasks), -1)
         total = density.log_likelihood(theta, tasks, leaf[density.dim :]).sum()
     grad = torch.zeros_like(leaf)
     try:
