@@ -75,6 +75,30 @@ def test_its_sites_are_what_it_says_and_no_task_site_leaks_out(centred):
     assert shapes == {"loc": (3,), "scale": (2,), "theta": (3, 3)}
 
 
+@pytest.mark.parametrize("centred", [False, True])
+def test_particles_side_by_side(centred):
+    """The task model's plates do not collide with those around the hierarchy."""
+    target = hierarchy(DENSITY, GaussianPrior.from_density(DENSITY), TASKS, centred=centred)
+    guide = AutoNormal(target)
+    with pyro.get_param_store().scope(), pyro.validation_enabled():
+        elbo = Trace_ELBO(num_particles=4, vectorize_particles=True)
+        elbo.loss(target, guide)  # makes the guide, guesses the nesting
+        model, drawn = elbo._get_vectorized_trace(target, guide, (), {})
+    sites = {n: v["value"] for n, v in drawn.nodes.items() if n in model.stochastic_nodes}
+    total = sum(
+        v["log_prob"].sum(-1) for n, v in model.nodes.items() if n in {*sites, "likelihood"}
+    )
+    for k in range(4):
+        one = {n: v[k] if n in ("z", "theta") else v[k, 0] for n, v in sites.items()}
+        alone = poutine.trace(poutine.condition(target, one)).get_trace()
+        torch.testing.assert_close(total[k], alone.log_prob_sum())
+
+
+def test_without_the_likelihood_it_is_the_prior():
+    target = hierarchy(DENSITY, GaussianPrior.from_density(DENSITY), TASKS, likelihood=False)
+    assert set(poutine.trace(target).get_trace().observation_nodes) == {"theta"}
+
+
 def test_pyros_own_inference_runs_on_it():
     with pyro.get_param_store().scope(), torch.random.fork_rng():
         torch.manual_seed(0)

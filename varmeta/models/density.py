@@ -157,7 +157,8 @@ class Density:
         if key not in self._batched:
             self._batched[key] = Captured(_nested_vmap(self._pointwise, *key))
         # What was recorded views its arguments as they lay in memory then.
-        out = self._batched[key](theta.contiguous(), shared, tasks.inputs, tasks.targets)
+        data = tasks.inputs, tasks.targets
+        out = self._batched[key](theta.contiguous(), shared.contiguous(), *data)
         return torch.where(tasks.mask, out, 0.0)
 
     def negative_log_likelihood(

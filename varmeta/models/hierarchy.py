@@ -15,13 +15,20 @@ from varmeta.tasks import Tasks
 
 
 def hierarchy(
-    density: Density, prior: GaussianPrior, tasks: Tasks, *, centred: bool = False
+    density: Density,
+    prior: GaussianPrior,
+    tasks: Tasks,
+    *,
+    centred: bool = False,
+    likelihood: bool = True,
 ) -> Callable[[], Tensor]:
     """θ0, scales and φ from their hyperpriors, θ_i ~ N(θ0, Σ) in a plate, y_i ~ the user's model.
 
     Sites: `loc` `[D]`; `scale` `[M]`; `shared_<name>` for each shared latent, with the user's own
     prior; `theta` `[T, D]`, a deterministic function of `z ~ N(0, I)` unless `centred`. Returned is
-    θ. The model takes no arguments: `pyro.infer.NUTS(hierarchy(density, prior, tasks))`.
+    θ. The model takes no arguments: `pyro.infer.NUTS(hierarchy(density, prior, tasks))`. In an
+    outer plate at `dim=-2` (Pyro's vectorised particles) the sites outside the plate of tasks get
+    leading dimensions `[S, 1]`, those inside `[S, T]`. Without `likelihood` the data are left out.
 
     Raises:
         ValueError: no hyperprior (a flat one has no Bayesian answer), a low-rank prior, or a model
@@ -50,7 +57,6 @@ def hierarchy(
             )
             for site in density.shared_sites
         ]
-        shared = torch.cat([loc.new_zeros(0), *parts], dim=-1)
         sd = scale[..., prior.groups]
         with pyro.plate("tasks", len(tasks), dim=-1):
             if centred:
@@ -58,8 +64,19 @@ def hierarchy(
             else:
                 z = pyro.sample("z", dist.Normal(torch.zeros_like(loc), 1.0).to_event(1))
                 theta = pyro.deterministic("theta", loc + sd * z, event_dim=1)
-        rows = density.log_likelihood(theta, tasks, shared)
-        pyro.factor("likelihood", rows.sum())
+            if likelihood:
+                pyro.factor("likelihood", _likelihood(density, theta, tasks, parts))
         return theta
 
     return model
+
+
+def _likelihood(density: Density, theta: Tensor, tasks: Tasks, parts: list[Tensor]) -> Tensor:
+    """log p(y_i | θ_i, φ), nats, `[..., T]`, where any of θ `[T, D]` and φ may have particles."""
+    draws = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+    none = theta.new_zeros(*draws, 0)
+    shared = torch.cat([none, *(part.expand(*draws, -1) for part in parts)], dim=-1)
+    if draws:
+        lead = torch.broadcast_shapes(draws, theta.shape[:-1])
+        theta, shared = theta.expand(*lead, -1), shared.expand(*lead, -1)
+    return density.log_likelihood(theta, tasks, shared).sum(-1)

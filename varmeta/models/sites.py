@@ -13,6 +13,7 @@ import torch
 from pyro import poutine
 from pyro.params.param_store import ParamStoreDict
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _DIM_ALLOCATOR
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
@@ -81,17 +82,20 @@ class Site:
 
 @contextmanager
 def pyro_untouched() -> Iterator[None]:
-    """Run Pyro code with an empty parameter store, and leave the user's store as it was.
+    """Run Pyro code with an empty parameter store and as if in no plate; then all is as it was.
 
-    (The store's own `scope` cuts the links that an SVI around it needs.)
+    (The store's own `scope` cuts the links that an SVI around it needs. A plate's dimension is
+    taken for all code that runs within it, however its sites are blocked.)
     """
-    store = vars(pyro.get_param_store())
-    kept = store.copy()
+    store, plates = vars(pyro.get_param_store()), vars(_DIM_ALLOCATOR)
+    kept, dims = store.copy(), plates.copy()
     store.update(vars(ParamStoreDict()))
+    plates.update(vars(type(_DIM_ALLOCATOR)()))
     try:
         yield
     finally:
         store.update(kept)
+        plates.update(dims)
 
 
 @contextmanager
