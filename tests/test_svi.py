@@ -84,9 +84,10 @@ def test_units_change_the_density_by_their_jacobian(centred: bool) -> None:
     assert_close(log_density(False), at_points + jacobian, 1e-12)
 
 
-def test_the_loss_is_the_joint_objective_at_the_same_draw() -> None:
-    """KL and expectation by one draw: log q − log N(θ; θ0, Σ) + f, minus log p(θ0, scales, φ)."""
-    strategy = PyroSVI(point_globals=True, centred=True)
+@pytest.mark.parametrize("samples", [1, 3])
+def test_the_loss_is_the_joint_objective_at_the_same_draws(samples: int) -> None:
+    """KL and expectation by draws: log q − log N(θ; θ0, Σ) + f, minus log p(θ0, scales, φ)."""
+    strategy = PyroSVI(point_globals=True, centred=True, samples=samples)
     tasks = SMALL.tasks.support
     state = strategy.init(SMALL.density, BELIEF, tasks, generator(0))
     for number, leaf in enumerate(state.tensors.values()):
@@ -95,15 +96,49 @@ def test_the_loss_is_the_joint_objective_at_the_same_draw() -> None:
         next(t for n, t in state.tensors.items() if part in n).detach().clone()
         for part in (".locs.", ".scales.")
     )
-    theta, raw = strategy._draw(state, 1, generator(7))
+    theta, raw = strategy._draw(state, samples, generator(7))
     info = strategy.step(SMALL.density, state, Batch(tasks, torch.arange(4), 4), generator(7))
     meta = Meta(BELIEF, SMALL.density, {name: value[0] for name, value in raw.items()})
     q = torch.distributions.Normal(
         BELIEF.loc + BELIEF.scale * loc, BELIEF.scale * torch.nn.functional.softplus(sd)
     )
-    losses = SMALL.density.negative_log_likelihood(theta[0], tasks, meta.shared)
-    losses = losses + q.log_prob(theta[0]).sum(-1) - meta.prior.log_prob(theta[0])
+    losses = SMALL.density.negative_log_likelihood(theta, tasks, meta.shared)
+    losses = losses + q.log_prob(theta).sum(-1) - meta.prior.log_prob(theta)
     assert_close(info.loss, losses.mean() - meta.log_prior() / 4, 1e-12)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_particles_are_runs_side_by_side(centred: bool) -> None:
+    """In Pyro's plate of particles, each with a θ0, scales and φ of its own, or all with one."""
+    model = model_in_units(SMALL.density, BELIEF, SMALL.tasks, centred=centred, point_globals=False)
+    single = poutine.trace(model).get_trace()
+    names = [n for n, v in single.nodes.items() if v["type"] == "sample" and not v["is_observed"]]
+    several: dict[str, Tensor] = {}
+    for number, name in enumerate(n for n in names if n != "tasks"):
+        shape = single.nodes[name]["value"].shape
+        lead = (5,) if name in ("z", "theta_units") else (5, 1)
+        several[name] = torch.randn(*lead, *shape, dtype=torch.float64, generator=generator(number))
+    for given in (None, "loc_units", "shared_noise_units"):
+        data = several if given is None else several | {given: several[given][0, 0]}
+        plate = pyro.plate("particles", 5, dim=-2)
+        trace = poutine.trace(poutine.condition(plate(model), data=data)).get_trace()
+        trace.compute_log_prob()
+        total = sum(
+            node["log_prob"].expand(5, -1).sum(-1)
+            for node in trace.nodes.values()
+            if "log_prob" in node and node["log_prob"].dim()
+        )
+        for k in range(5):
+            one = {
+                n: v if n == given else v[k] if n in ("z", "theta_units") else v[k, 0]
+                for n, v in data.items()
+            }
+            alone = poutine.trace(poutine.condition(model, data=one)).get_trace()
+            # The noise's prior is float32, and so is its density at a scalar in all particles.
+            tolerance = 1e-8 if given == "shared_noise_units" else 1e-12
+            assert_close(total[k], alone.log_prob_sum(), tolerance)  # type: ignore[index]
+            theta = trace.nodes["_RETURN"]["value"]
+            assert_close(theta[k], alone.nodes["_RETURN"]["value"], 1e-12)
 
 
 def test_units_of_measurement_do_not_matter() -> None:
@@ -212,9 +247,18 @@ def by_hand(model: Callable[[], Tensor]) -> Callable[[], None]:
     return guide
 
 
-def test_a_guide_written_by_hand_is_the_autoguide_that_it_copies() -> None:
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_guide_written_by_hand_is_the_autoguide_that_it_copies(at_once: bool) -> None:
     tasks = SMALL.tasks.support
-    strategy = PyroSVI(point_globals=True, centred=True, steps=6, adapt_steps=3, draws=3)
+    strategy = PyroSVI(
+        point_globals=True,
+        centred=True,
+        steps=6,
+        samples=2,
+        adapt_steps=3,
+        draws=3,
+        vectorise=at_once,
+    )
     ours, theirs = (
         fit(replace(strategy, guide=guide), SMALL.density, tasks) for guide in (by_hand, AutoNormal)
     )
@@ -241,8 +285,10 @@ def everything(model: Callable[[], Tensor]) -> Callable[[], None]:
     return guide
 
 
-def test_a_guide_of_everything_adapts_to_new_tasks_too() -> None:
-    done = fit(PyroSVI(everything, steps=40, adapt_steps=5, draws=5), SMALL.density, SMALL.tasks)
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_guide_of_everything_adapts_to_new_tasks_too(at_once: bool) -> None:
+    strategy = PyroSVI(everything, steps=40, samples=2, adapt_steps=5, draws=5, vectorise=at_once)
+    done = fit(strategy, SMALL.density, SMALL.tasks)
     loss = done.history["loss"]
     assert loss.iloc[-10:].mean() < loss.iloc[:10].mean()
     new = tasks_of(LinearGaussian.random(8, 3, 2))
@@ -255,7 +301,7 @@ def test_a_guide_of_everything_adapts_to_new_tasks_too() -> None:
 )
 def test_flows_and_low_rank_guides_run_and_resume(guide: Any, tmp_path: Path) -> None:
     """A flow's random permutations are not parameters; they come from the seed."""
-    strategy = PyroSVI(guide, steps=30, adapt_steps=3, draws=5)
+    strategy = PyroSVI(guide, steps=30, samples=2, adapt_steps=3, draws=5)
     whole = fit(strategy, SMALL.density, SMALL.tasks)
     assert whole.history["loss"].iloc[-5:].mean() < whole.history["loss"].iloc[:5].mean()
     assert whole.posterior().mean.dtype == torch.float64
@@ -271,6 +317,30 @@ def test_flows_and_low_rank_guides_run_and_resume(guide: Any, tmp_path: Path) ->
     resumed = fit(strategy, SMALL.density, SMALL.tasks, checkpoint=path)
     assert_same(resumed.state.state_dict(), whole.state.state_dict())
     assert_same(resumed.posterior().mean, whole.posterior().mean)
+
+
+# -- interrupted ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("point", [False, True])
+def test_adapting_within_a_run_takes_the_guide_as_it_stands(point: bool) -> None:
+    """Between steps `meta` is as it was at the start; a run of as many steps writes it down."""
+    strategy = PyroSVI(point_globals=point, steps=21, learning_rate=0.3, adapt_steps=0, draws=500)
+    tasks = SMALL.tasks.support
+    state = strategy.init(SMALL.density, BELIEF, tasks, generator(0))
+    batch = Batch(tasks, torch.arange(4), 4)
+    for step in range(20):
+        strategy.step(SMALL.density, state, batch, generator(0, step))
+        state.step += 1
+    before = state.state_dict()
+    within = strategy.adapt(SMALL.density, state, tasks, generator(1)).mean
+    assert_same(state.state_dict(), before)
+    assert not bool(state.meta.raw["loc"].any())
+    strategy.step(SMALL.density, state, batch, generator(0, 20))  # at 1/180 of the learning rate
+    state.step += 1
+    assert float(state.meta.raw["log_scale"].detach().abs().max()) > 0.5
+    after = strategy.adapt(SMALL.density, state, tasks, generator(1)).mean
+    assert_close(within, after, 0.05)
 
 
 # -- refusals -------------------------------------------------------------------------------------
@@ -295,6 +365,27 @@ def one_task_only(model: Callable[[], Tensor]) -> Callable[[], Tensor]:
 def test_a_guide_that_does_not_fit_is_refused(guide: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message.replace("test_.*<", ".*<")):
         fit(PyroSVI(guide, point_globals=True), SMALL.density, SMALL.tasks)
+
+
+def counts_from_the_left(model: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    shape = poutine.trace(model).get_trace().nodes["z"]["value"].shape
+
+    def guide() -> None:
+        draw = pyro.sample("all", dist.Normal(torch.zeros(shape), 1.0).to_event(2), infer=AUXILIARY)
+        with pyro.plate("tasks", shape[0], dim=-1):
+            pyro.sample("z", dist.Delta(draw[: shape[0]], event_dim=1))
+
+    return guide
+
+
+AUXILIARY = {"is_auxiliary": True}
+
+
+def test_a_guide_that_cannot_draw_at_once_is_refused_where_it_should() -> None:
+    strategy = PyroSVI(counts_from_the_left, point_globals=True, steps=1, samples=2, draws=2)
+    fit(strategy, SMALL.density, SMALL.tasks)
+    with pytest.raises(ValueError, match=r"two draws at once, .*'z': \(2, 2, 4, 2\).*vectorise=F"):
+        fit(replace(strategy, vectorise=True), SMALL.density, SMALL.tasks)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO
-from pyro.infer.autoguide import AutoDelta, AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoGuide, AutoNormal
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_feasible
 from pyro.params.param_store import ParamStoreDict
 from torch import Tensor
@@ -41,7 +41,7 @@ from varmeta.inference.base import (
 from varmeta.inference.svi_model import global_sites, model_in_units
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
-from varmeta.models.sites import pyro_untouched, validation_off
+from varmeta.models.sites import pyro_untouched, reason, validation_off
 from varmeta.posterior import Draws, TaskPosterior
 from varmeta.seeds import global_rng
 from varmeta.tasks import Tasks, TaskSource
@@ -81,6 +81,9 @@ class PyroSVI(Strategy):
         samples: draws of the guide per step.
         adapt_steps: optimiser steps for the guide of new tasks.
         draws: of the guide, kept in a posterior.
+        vectorise: make all draws of the guide at once, in a plate at `dim=-2`, and not one after
+            another. Unset, Pyro's autoguides do and a guide written by hand does not: it must not
+            count dimensions from the left, and have no other plate there.
 
     Raises:
         ValueError: a guide that is not callable; fewer than one sample, or than two draws.
@@ -94,6 +97,7 @@ class PyroSVI(Strategy):
     samples: int = 1
     adapt_steps: int = 500
     draws: int = 500
+    vectorise: bool | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.guide):
@@ -137,7 +141,8 @@ class PyroSVI(Strategy):
 
         Raises:
             ValueError: no hyperprior, a low-rank prior, a model with params (as in `hierarchy`); a
-                guide that is none, misses a site or samples one that is not there.
+                guide that is none, misses a site or samples one that is not there, or that cannot
+                make its draws at once where it should.
         """
         assert isinstance(tasks, Tasks)
         return self._state(Meta.start(density, prior), tasks, {}, generator)
@@ -149,16 +154,17 @@ class PyroSVI(Strategy):
         batch.require_all("PyroSVI")
         loss = self._descend(density, state, batch.tasks, generator, self.steps)
         if state.step + 1 == self.num_steps:
-            _, raw = self._draw(state, 1 if self.point_globals else self.draws, generator)
-            for name, value in raw.items():
-                state.meta.raw[name].detach().copy_(value.mean(0))
+            for name, value in self._means(state, generator).raw.items():
+                state.meta.raw[name].detach().copy_(value)
         return StepInfo(loss, self.samples * len(batch.tasks))
 
     def adapt(
         self, density: Density, state: State, tasks: Tasks, generator: torch.Generator
     ) -> TaskPosterior:
         """A fresh guide over θ_i, with θ0, scales and φ fixed at their means (or points)."""
-        fresh = self._state(state.meta, tasks, global_sites(state.meta), generator)
+        running = 0 < state.step < self.num_steps  # `meta` is written at the end
+        meta = self._means(state, generator) if running else state.meta
+        fresh = self._state(meta, tasks, global_sites(meta), generator)
         for _ in range(self.adapt_steps):
             self._descend(density, fresh, tasks, generator, self.adapt_steps)
             fresh.step += 1
@@ -180,8 +186,13 @@ class PyroSVI(Strategy):
         """A new guide of the model, whose sites `fixed` are given, and its optimiser."""
         like, names = meta.origin.loc, list(global_sites(meta))
         kind = {"centred": self.centred, "point_globals": self.point_globals}
-        whole = model_in_units(meta.density, meta.origin, tasks, **kind)
-        model = poutine.condition(whole, data=fixed)
+        model, latents = (
+            poutine.condition(
+                model_in_units(meta.density, meta.origin, tasks, **kind, likelihood=with_data),
+                data=fixed,
+            )
+            for with_data in (True, False)
+        )
         start = InitMessenger(init_to_feasible)(model)  # 0, whatever the guide's own idea of it
         store = vars(ParamStoreDict())
         with _pyro(store, generator):
@@ -197,7 +208,8 @@ class PyroSVI(Strategy):
                 guide = poutine.block(poutine.condition(part, data=fixed), hide=names)
             elif points:
                 guide = _both(AutoDelta(poutine.block(start, expose=names)), part)
-            self._check_sites(start, guide)
+            at_once = isinstance(part, AutoGuide) if self.vectorise is None else self.vectorise
+            self._check_sites(latents, guide, at_once)
             if isinstance(part, torch.nn.Module):  # a flow is made in PyTorch's default data type
                 part.to(device=like.device, dtype=like.dtype)
             params: dict[str, Any] = poutine.trace(guide, param_only=True).get_trace().nodes
@@ -205,10 +217,11 @@ class PyroSVI(Strategy):
         once = {node["value"].unconstrained(): name for name, node in params.items()}
         leaves = {f"guide {name}": leaf for leaf, name in once.items()}
         optimiser = torch.optim.Adam([*leaves.values()], lr=self.learning_rate)
-        cache = {"model": model, "guide": guide, "store": store}
+        cache = {"model": model, "latents": latents, "guide": guide, "store": store}
+        cache["at_once"] = at_once
         return State(meta, {"guide": optimiser}, leaves, cache=cache)
 
-    def _check_sites(self, model: Guide, guide: Guide) -> None:
+    def _check_sites(self, model: Guide, guide: Guide, at_once: bool) -> None:
         """Raise a ValueError unless the guide samples what the model does."""
         wanted, found = _sites(model), _sites(guide)
         if wanted != found:
@@ -216,13 +229,32 @@ class PyroSVI(Strategy):
                 f"guide {_label(self.guide)} has the sites {found}, the model {wanted}; it must "
                 "sample each of them, at these shapes (the docstring of PyroSVI says what they are)"
             )
+        if not at_once:
+            return
+        wanted = _sites(_particles(model, 2))
+        try:
+            found = _sites(_particles(guide, 2))
+        except (RuntimeError, ValueError) as error:
+            problem = f"fails: {reason(error)}"
+        else:
+            problem = f"has the sites {found}, the model {wanted}"
+        if wanted != found:
+            raise ValueError(
+                f"guide {_label(self.guide)}, for two draws at once, {problem}. Write it so that "
+                "leading dimensions pass through, or set vectorise=False"
+            )
 
     def _descend(
         self, density: Density, state: State, tasks: Tasks, generator: torch.Generator, steps: int
     ) -> float:
         """One step on the guide; the loss before it, nats per task."""
         model, guide, store = (state.cache[name] for name in ("model", "guide", "store"))
-        elbo, leaves = Trace_ELBO(num_particles=self.samples), [*state.tensors.values()]
+        elbo = Trace_ELBO(
+            num_particles=self.samples,
+            max_plate_nesting=1,
+            vectorize_particles=state.cache["at_once"],
+        )
+        leaves = [*state.tensors.values()]
         noise = generator.get_state()
         with _pyro(store, generator), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Encountered NaN")  # said below, with the task's name
@@ -250,18 +282,27 @@ class PyroSVI(Strategy):
         self, state: State, count: int, generator: torch.Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """θ `[count, T, D]`, and θ0, log scales and φ in the units of `meta.raw`."""
-        model, guide, store = (state.cache[name] for name in ("model", "guide", "store"))
-        names = global_sites(state.meta)
+        model, guide, store = (state.cache[name] for name in ("latents", "guide", "store"))
+        raw, names = state.meta.raw, global_sites(state.meta)
+        draws = count if state.cache["at_once"] else 1
         theta, flat = [], []
         with _pyro(store, generator), torch.no_grad():
-            for _ in range(count):
-                drawn = poutine.trace(guide).get_trace()
-                nodes = poutine.trace(poutine.replay(model, drawn)).get_trace().nodes
-                theta.append(nodes["_RETURN"]["value"])
-                flat.append(torch.cat([nodes[n]["value"].reshape(-1) for n in names]))
-        raw = state.meta.raw
-        parts = torch.stack(flat).split([len(t) for t in raw.values()], dim=-1)
-        return torch.stack(theta), dict(zip(raw, parts, strict=True))
+            for _ in range(count // draws):
+                drawn = poutine.trace(_particles(guide, draws)).get_trace()
+                again: Guide = poutine.replay(_particles(model, draws), drawn)
+                nodes: dict[str, Any] = poutine.trace(again).get_trace().nodes
+                theta.append(nodes["_RETURN"]["value"].reshape(draws, -1, len(raw["loc"])))
+                # A value that is given has no particles.
+                parts = (nodes[n]["value"].reshape(-1, v.numel()) for n, v in names.items())
+                flat.append(torch.cat([part.expand(draws, -1) for part in parts], dim=-1))
+        split = torch.cat(flat).split([len(t) for t in raw.values()], dim=-1)
+        return torch.cat(theta), dict(zip(raw, split, strict=True))
+
+    def _means(self, state: State, generator: torch.Generator) -> Meta:
+        """θ0, scales and φ at the means (or points) of the guide as it stands."""
+        _, raw = self._draw(state, 1 if self.point_globals else self.draws, generator)
+        means = {name: value.mean(0) for name, value in raw.items()}
+        return Meta(state.meta.origin, state.meta.density, means)
 
 
 @contextmanager
@@ -270,6 +311,14 @@ def _pyro(store: dict[str, Any], generator: torch.Generator) -> Iterator[None]:
     with pyro_untouched(), validation_off(), global_rng(generator):
         vars(pyro.get_param_store()).update(store)
         yield
+
+
+def _particles(part: Guide, count: int) -> Guide:
+    """`count` runs of a model or guide at once, as `Trace_ELBO` does it."""
+    if count == 1:
+        return part
+    plated: Guide = pyro.plate("num_particles_vectorized", count, dim=-2)(part)
+    return plated
 
 
 def _both(one: Guide, other: Guide) -> Guide:

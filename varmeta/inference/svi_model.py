@@ -28,7 +28,13 @@ from varmeta.tasks import Tasks
 
 
 def model_in_units(
-    density: Density, prior: GaussianPrior, tasks: Tasks, *, centred: bool, point_globals: bool
+    density: Density,
+    prior: GaussianPrior,
+    tasks: Tasks,
+    *,
+    centred: bool,
+    point_globals: bool,
+    likelihood: bool = True,
 ) -> Callable[[], Tensor]:
     """`hierarchy` with the sites `loc_units` `[D]`, `scale_units` `[M]`, `shared_<name>_units`.
 
@@ -41,6 +47,7 @@ def model_in_units(
         centred: as in `hierarchy`.
         point_globals: leave the Jacobian out of the density of θ0, scales and φ, so that its mode
             is that of their density on their own scale. That of θ always has it.
+        likelihood: as in `hierarchy`.
     """
     unit, log_scale = prior.scale.detach(), prior.log_scale
     config: dict[str, Reparam] = {
@@ -52,7 +59,7 @@ def model_in_units(
         config[f"shared_{site.name}"] = _Units(start, width, point_globals)
     if centred:
         config["theta"] = _Units(prior.loc, unit, False)
-    plain = hierarchy(density, prior, tasks, centred=centred)
+    plain = hierarchy(density, prior, tasks, centred=centred, likelihood=likelihood)
     model: Callable[[], Tensor] = poutine.reparam(plain, config=config)
     return model
 
@@ -102,6 +109,10 @@ class _InUnits(TorchDistribution):
     def support(self) -> Any:
         return constraints.independent(constraints.real, len(self.event_shape))
 
+    def expand(self, batch_shape: Any, _instance: Any = None) -> _InUnits:
+        """In a plate around the model: one u for each of its particles."""
+        return _InUnits(self.fn.expand(batch_shape), self.start, self.unit, self.jacobian)
+
     def value(self, units: Tensor) -> Tensor:
         out: Tensor = self.transform(self.start + self.unit * units)
         return out
@@ -116,6 +127,7 @@ class _InUnits(TorchDistribution):
         if self.jacobian:
             there = self.start + self.unit * units
             jacobian = self.transform.log_abs_det_jacobian(there, value)
-            total = total + sum_rightmost(jacobian, jacobian.dim() - total.dim())
+            rest = len(self.event_shape) - self.transform.domain.event_dim
+            total = total + sum_rightmost(jacobian, rest)
             total = total + self.unit.log().sum()
         return total
