@@ -96,7 +96,9 @@ def strategies(problem: Problem, steps: int, adapt: int) -> dict[tuple[str, str,
     out["amortised", "delta", np.nan] = vm.AmortisedVariational(
         q="delta", steps=outer, minimiser=inner
     )
-    out["amortised", "diagonal", np.nan] = vm.ABML(steps=outer)
+    out["amortised", "diagonal", np.nan] = vm.ABML(
+        steps=outer, minimiser=vm.Adam(0.1, adapt // 5, tolerance=0)
+    )
     return out
 
 
@@ -106,10 +108,11 @@ def held_out(fit: vm.Fit, new: vm.Tasks, seed: int) -> float:
     return float(rows.sum() / new.query.mask.sum())
 
 
-def study(names: Sequence[str], seeds: int, steps: int, adapt: int) -> pd.DataFrame:
-    """One row for each problem, strategy and seed."""
-    rows: list[dict[str, Any]] = []
-    runs = [(name, seed) for name in names for seed in range(seeds)]
+def study(names: Sequence[str], seeds: int, steps: int, adapt: int, results: Path) -> pd.DataFrame:
+    """One row for each problem, strategy and seed; those that `results` has are not run again."""
+    rows = pd.read_csv(results).to_dict("records") if results.exists() else []
+    done = {(row["problem"], row["seed"]) for row in rows}
+    runs = [(name, seed) for seed in range(seeds) for name in names if (name, seed) not in done]
     for name, seed in track(runs, "problems and seeds"):
         problem = PROBLEMS[name](seed)
         assert problem.new is not None
@@ -122,6 +125,7 @@ def study(names: Sequence[str], seeds: int, steps: int, adapt: int) -> pd.DataFr
             row["held_out"] = held_out(fit, problem.new, seed)
             row |= {"gradients": fit.gradients, "seconds": fit.seconds}
             rows.append(row)
+        pd.DataFrame(rows).to_csv(results, index=False)
     return pd.DataFrame(rows)
 
 
@@ -191,11 +195,9 @@ def main(
         "runs/joint_or_not"
     ),
 ) -> None:
-    """Run the experiment; print the table, write it and the picture."""
+    """Run the experiment, or go on with it; print the table, write it and the picture."""
     out.mkdir(parents=True, exist_ok=True)
-    found = study(problems.split(","), seeds, steps, adapt)
-    found.to_csv(out / "results.csv", index=False)
-    table = summary(found)
+    table = summary(study(problems.split(","), seeds, steps, adapt, out / "results.csv"))
     print(table.to_string(float_format="{:.3f}".format))
     draw(table, out / "joint-or-not.png")
 
