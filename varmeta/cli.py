@@ -41,6 +41,7 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "joint": JointVariational,
     "joint-reset": lambda: JointVariational(resets=Reset(250)),
     "joint-delta": lambda: JointVariational(q="delta"),
+    "joint-full": lambda: JointVariational(q="full"),
     "stochastic": Stochastic,
     "stochastic-score": lambda: Stochastic(estimator="score", particles=8),
     "nuts": PyroNUTS,
