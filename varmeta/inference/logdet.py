@@ -208,9 +208,7 @@ class _Parts:
         """R `[D, D]` with R Rᵀ = Σ, differentiable in the prior."""
         if self.prior.factor is None:
             return self.prior.scale.diag()
-        factor = self.prior.factor
-        cov = (self.prior.scale**2).diag() + factor @ factor.mT
-        return torch.linalg.cholesky_ex(cov).L
+        return torch.linalg.cholesky_ex(self.prior.covariance()).L
 
     def _bent(self, tasks: Tasks, left: Tensor, right: Tensor, info: LogDetInfo) -> Tensor:
         """`bent` at θ and φ, counted."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import torch
@@ -88,6 +88,8 @@ class PyroSVI(Strategy):
     Raises:
         ValueError: a guide that is not callable; fewer than one sample, or than two draws.
     """
+
+    keeps_posteriors: ClassVar[bool] = True
 
     guide: Guide = AutoNormal
     point_globals: bool = False
