@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import figure2
+from benchmarks import envelope, figure2, joint_against_svi, joint_scale
 from benchmarks.check import check
 from benchmarks.peers import PEERS
 from benchmarks.reference import relative_error, solve
 from benchmarks.workloads import NAMES, Workload, make, nll, pyro_model
+from varmeta import JointVariational, PyroSVI
 
 # Other packages' deprecations are theirs.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -100,3 +101,30 @@ def test_unrolling_holds_memory_per_step_and_the_implicit_gradient_does_not():
     unrolled = [figure2.bytes_held("unrolled", problem, k) for k in (2, 20)]
     assert implicit[0] == implicit[1]
     assert unrolled[1] > 2 * unrolled[0]
+
+
+def test_what_the_envelope_theorem_saves_is_timed_for_every_step(monkeypatch):
+    monkeypatch.setattr(envelope, "WARM", 1)
+    workload = envelope.radon()
+    few = replace(workload, tasks=workload.tasks.select([0, 1]))
+    assert envelope.table(few, rounds=1).row_count == 6
+
+
+def test_the_table_of_a_joint_run_is_as_large_as_predicted(monkeypatch):
+    monkeypatch.setattr(joint_scale, "WARM", 2)
+    monkeypatch.setattr(joint_scale, "STEPS", 3)
+    found = joint_scale.measure(150)
+    assert found["bytes"] == found["predicted"] and found["milliseconds"] > 0
+
+
+def test_joint_and_pyros_svi_lower_the_same_bound(monkeypatch):
+    monkeypatch.setattr(joint_against_svi, "WARM_UP", 1)
+    density, tasks = joint_against_svi.synthetic(20)
+    assert joint_against_svi.table("", density, tasks, steps=20).row_count == 3
+    options = {"learning_rate": joint_against_svi.LEARNING_RATE, "steps": 60}
+    for strategy in (
+        JointVariational(**options),
+        PyroSVI(samples=8, point_globals=True, centred=True, **options),
+    ):
+        bounds = joint_against_svi.run(strategy, density, tasks, 60).bounds
+        assert bounds[-1] < bounds[0] - 0.5
