@@ -23,8 +23,8 @@ from varmeta.inference.base import NonFiniteLoss, State, StepInfo
 from varmeta.inference.fit import Fit, fit
 from varmeta.inference.imaml import IMAML
 from varmeta.inference.joint import JointVariational
-from varmeta.inference.resets import Reset
 from varmeta.inference.minimise import GradientDescent
+from varmeta.inference.resets import Reset
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.seeds import generator

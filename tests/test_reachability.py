@@ -38,9 +38,7 @@ def test_there_is_none_where_there_is_one_basin(q: str) -> None:
     assert gap.shape == (6,) and gap.abs().max() < 1e-5
 
 
-def test_it_is_exact_where_a_task_sits_in_a_well_that_theta0_does_not_lead_to() -> (
-    None
-):
+def test_it_is_exact_where_a_task_sits_in_a_well_that_theta0_does_not_lead_to() -> None:
     """Task 0's q_i is put in the other well by hand; the objective there is known."""
     x = torch.zeros(3, 1, dtype=FLOAT)
     tasks = Tasks.from_list([(x, x[:, 0] + 1.0), (x, x[:, 0] + 1.2)])

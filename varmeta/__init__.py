@@ -7,8 +7,8 @@ Data flow one way: `Tasks` → `Density` (a Pyro model of one task) → `Gaussia
 from importlib.metadata import version as _version
 
 from varmeta.comparison import Comparison, compare
-from varmeta.importance import Evidence, Loo, evidence, loo
 from varmeta.export import to_arviz
+from varmeta.importance import Evidence, Loo, evidence, loo
 from varmeta.inference.abml import ABML
 from varmeta.inference.amortised import (
     AmortisedVariational,

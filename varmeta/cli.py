@@ -19,10 +19,10 @@ from varmeta.inference.amortised import AmortisedVariational, LaplaceEvidence
 from varmeta.inference.base import Strategy
 from varmeta.inference.imaml import IMAML
 from varmeta.inference.joint import JointVariational
-from varmeta.inference.resets import Reset
 from varmeta.inference.maml import FOMAML, MAML, MetaSGD, Reptile
 from varmeta.inference.nuts import PyroNUTS
 from varmeta.inference.pooling import CompletePooling, NoPooling
+from varmeta.inference.resets import Reset
 from varmeta.inference.stochastic import Stochastic
 from varmeta.inference.svi import PyroSVI
 from varmeta.models.sites import Model
