@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from density_cases import CASES, FLOAT, build, numbers, values
 
-from varmeta.models.capture import Captured, CapturedGradient, record
+from varmeta.models.capture import Captured, CapturedGradient, record, trace
 
 CALLS = 60  # more than are made before a recording takes over
 A, B = numbers(4, 3, seed=1), numbers(4, 3, seed=2)
@@ -221,3 +221,17 @@ def test_a_captured_gradient_of_what_cannot_be_recorded():
     leaf = A.clone().requires_grad_()
     (grad,) = torch.autograd.grad(captured(leaf), leaf)
     assert torch.equal(grad, torch.full_like(A, A[0, 0].item()))
+
+
+def test_arguments_in_the_same_memory_stay_apart() -> None:
+    """As the start of a descent does from a prior's mean: it moves, the mean does not."""
+    loc = torch.tensor([1.0, 2.0])
+    start = loc.expand(1, -1)
+
+    def function(theta: torch.Tensor, loc: torch.Tensor) -> list[torch.Tensor]:
+        return [(theta - loc[None]).square().sum(-1)]
+
+    program = record(function, [start, loc])
+    assert program is not None
+    assert program(start + 1.0, loc)[0].item() == 2.0
+    assert trace(function, [start, loc])(start + 1.0, loc)[0].item() == 2.0

@@ -126,6 +126,8 @@ def trace(
     from torch.fx.experimental.proxy_tensor import make_fx  # a second to import: only when used
 
     try:
+        # In the same memory, two arguments would be taken for one here, and for ever.
+        tensors = [_apart(t) for t in tensors]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # A bare function of any arguments: a wrapped method's signature counts `self` too.
@@ -192,12 +194,23 @@ def _close(a: Any, b: Any) -> bool:
 def _nearby(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Other arguments: at 0, say, a wrong gradient may vanish just as the right one does."""
     out = []
-    for t in tensors:
-        if t.is_floating_point():
-            like: Any = {"dtype": t.dtype, "device": t.device}
-            t = t + 1e-3 * torch.rand(t.shape, generator=generator(0, device=t.device), **like)
-        out.append(t)
+    for index, t in enumerate(tensors):
+        source = generator(index, device=t.device)  # two that are equal here must not stay so
+        out.append(_apart(t, source if t.is_floating_point() else None))
     return out
+
+
+def _apart(t: Tensor, noise: torch.Generator | None = None) -> Tensor:
+    """A copy in memory of its own, laid out in the same way, as a compiled program insists."""
+    size, stride = t.shape, t.stride()
+    if not t.is_contiguous():
+        last = sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+        t = t.as_strided((last + 1,), (1,))
+    if noise is None:
+        t = t.clone()
+    else:
+        t = t + 1e-3 * torch.rand(t.shape, generator=noise, dtype=t.dtype, device=t.device)
+    return t if t.shape == size else t.as_strided(size, stride)
 
 
 def _gradients(function: Program, tensors: Sequence[Tensor]) -> list[Tensor]:
