@@ -265,6 +265,48 @@ def test_negative_curvature_is_that_of_the_task() -> None:
     assert info.worst["negative_curvature"] == 1
 
 
+# -- compiled -------------------------------------------------------------------------------------
+
+
+def bent(x: Tensor, y: Tensor | None = None) -> Tensor:
+    """Three coordinates that adapt, and a shared slope."""
+    theta = pyro.sample("theta", dist.Normal(torch.zeros(3, dtype=FLOAT), 1.0).to_event(1))
+    slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+    mean = (theta**2 * (1 + x)).sum(-1) + slope * x[:, 0]
+    with pyro.plate("rows", len(x)):
+        return pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's, when it is imported
+def test_compiled_together_the_steps_and_the_solve_are_the_same() -> None:
+    """Gradients in θ0, scales and φ, and every diagnostic; one task has negative curvature."""
+    x = tensor([[0.3, 0.1, -0.2], [1.0, 0.5, 0.2]])
+    tasks = Tasks.from_list([(x, tensor([y, y])) for y in (-3.0, 3.0, 0.1)])
+    query = torch.zeros_like(tasks.mask)
+    query[:, 1] = True
+    tasks = replace(tasks, is_query=query, is_split=True)
+    density = Density(bent, tasks, shared=["slope"])
+    strategy = IMAML(
+        minimiser=GradientDescent(1e-2, 4, tolerance=0, momentum=0.5),
+        adjoint=Implicit(CG(2, tolerance=0)),
+    )
+    found = []
+    for d in (density, density.compiled()):
+        prior = GaussianPrior.create(tensor([0.1, -0.2, 0.3]).requires_grad_(), 1.0)
+        prior = replace(prior, log_scale=prior.log_scale.detach().requires_grad_())
+        shared = tensor([0.4]).requires_grad_()
+        losses, info = strategy.losses(d, prior, shared, tasks)
+        grads = torch.autograd.grad(losses.sum(), [prior.loc, prior.log_scale, shared])
+        found.append(([losses.detach(), *grads, *info.stats().values()], info.gradients))
+    assert found[0][1] == found[1][1]
+    for a, b in zip(found[0][0], found[1][0], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+    assert info.negative_curvature.tolist() == [False, True, False]
+    how = d.execution()
+    assert set(how.values()) == {"compiled"}
+    assert {"energy: 4 x gradient", "energy: 2 x product"} < set(how)
+
+
 # -- memory ---------------------------------------------------------------------------------------
 
 

@@ -21,7 +21,8 @@ from varmeta.models import programs as programs_module
 from varmeta.models.capture import CALLS_BEFORE_CAPTURE, KEPT_SHAPES, trace
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
-from varmeta.models.programs import Programs, split_linear
+from varmeta.models.programs import Derivative, Programs
+from varmeta.models.simplify import split_linear, turn_products
 from varmeta.tasks import Tasks
 
 SOON = 8
@@ -256,8 +257,77 @@ def test_compiled_is_the_same_to_rounding() -> None:
         kind = d.execution()
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    assert kind == {"likelihood: first 10000": "compiled", "likelihood: linearise": "compiled"}
+    names = "first 10000", "linearise", "product"
+    assert kind == {f"likelihood: {name}": "compiled" for name in names}
     assert density.execution() == {}, "the uncompiled density is left as it was"
+
+
+def descend(slope: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """A step, and what it moved along."""
+    grad = slope(x)
+    return x - 0.1 * grad, grad
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_steps_that_are_compiled_together_are_the_steps(caplog: pytest.LogCaptureFixture) -> None:
+    """Of a gradient and of a product, for each shape and type; two programs each are called."""
+    programs = Programs(energy_of, "toy", compiled=True)
+    for rows, dtype in ((4, FLOAT), (2, torch.float32)):
+        theta, weight, v = (numbers(rows, 3, seed=s).to(dtype) for s in range(3))
+        close = {"rtol": 0.0, "atol": 100 * torch.finfo(dtype).eps}
+        slope = programs.slope(theta, [weight])
+        product = programs.linearise(theta, [weight]).product
+        assert slope is not None and isinstance(product, Derivative)
+        for derivative, start, exact in (
+            (slope, theta, lambda t, w=weight: second_order(t, t, w)[1]),
+            (product, v, lambda u, t=theta, w=weight: second_order(u, t, w)[2]),
+        ):
+            found = derivative.repeat(descend, (start, start), 6)
+            wanted = start, start
+            for _ in range(6):
+                wanted = descend(exact, *wanted)
+            for a, b in zip(found, wanted, strict=True):
+                torch.testing.assert_close(a, b, **close)
+    compiled = "3 x gradient", "3 x product", "linearise"
+    assert programs.report == dict.fromkeys(compiled, "compiled"), "single ones are not needed"
+    assert sum("3 x" in key[0] for key in programs._kept) == 4
+    assert "as written" not in caplog.text
+
+
+def test_steps_that_cannot_be_compiled_are_taken_one_by_one(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    theta, weight = numbers(4, 3), numbers(4, 3, seed=1)
+    programs = Programs(energy_of, "toy", compiled=True)
+    monkeypatch.setattr(programs, "_finish", lambda graph, tensors: graph)  # inductor takes seconds
+    slope = programs.slope(theta, [weight])
+    assert slope is not None
+
+    def reads(slope: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor]:
+        return (x - slope(x) if x.sum().item() < 1e9 else x,)
+
+    (found,) = slope.repeat(reads, (theta,), 2)
+    first = theta - second_order(theta, theta, weight)[1]
+    torch.testing.assert_close(found, first - second_order(first, first, weight)[1])
+    assert programs.report["2 x gradient"].startswith("as written: ")
+    assert "2 x gradient is run as written" in caplog.text
+
+
+def test_transposes_of_products_are_products_of_transposes() -> None:
+    def function(a: Tensor, b: Tensor, c: Tensor) -> list[Tensor]:
+        left, right = a.mT @ c, (a @ b).mT
+        whole = (left + right.mT @ right).mT  # of a sum of products
+        twice = a @ b  # needed as it is, too
+        return [whole.reshape(2, 9), right, twice, twice.mT + 1, (a @ b @ c).transpose(1, 2)]
+
+    tensors = [numbers(2, 3, 3, seed=s) for s in range(3)]
+    graph = turn_products(trace(function, tensors, simpler=False))
+    for got, wanted in zip(graph(*tensors), function(*tensors), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    transposes = [n for n in graph.graph.nodes if n.target is torch.ops.aten.transpose.int]
+    of = [n.args[0] for n in transposes]
+    once = [n for n in of if n.target is torch.ops.aten.bmm.default and len(n.users) == 1]
+    assert of and not once
 
 
 # -- the cut at v ---------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior, penalty, precision_mv
-from varmeta.models.programs import Linearised, Product, Programs, second
+from varmeta.models.programs import Derivative, Linearised, Product, Programs, second
 from varmeta.tasks import Tasks
 
 
@@ -30,6 +30,10 @@ class Energy(Protocol):
 
     def value_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """E `[T]` and ∇E `[T, D]`, detached; no graph for second derivatives is built."""
+        ...
+
+    def slope(self, theta: Tensor) -> Derivative | None:
+        """∇E as what several steps are compiled with, for θ of this shape; None if it is not."""
         ...
 
     def linearise(self, theta: Tensor, *, gauss_newton: bool = False) -> Linearised:
@@ -65,6 +69,9 @@ class FunctionEnergy:
             value = self(leaf)
             (grad,) = torch.autograd.grad(value.sum(), leaf)
         return value.detach(), grad
+
+    def slope(self, theta: Tensor) -> None:
+        """Not compiled."""
 
     def linearise(self, theta: Tensor, *, gauss_newton: bool = False) -> Linearised:
         """See `Energy`.
@@ -121,6 +128,10 @@ class TaskEnergy:
     def value_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """See `Energy`."""
         return self._programs.gradient(theta, self._parameters)
+
+    def slope(self, theta: Tensor) -> Derivative | None:
+        """See `Energy`."""
+        return self._programs.slope(theta, self._parameters)
 
     def linearise(self, theta: Tensor, *, gauss_newton: bool = False) -> Linearised:
         """See `Energy`."""

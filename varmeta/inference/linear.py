@@ -6,13 +6,16 @@ Here are conjugate gradients, the Neumann series and dense Cholesky; `minres.py`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from varmeta.models.programs import Derivative
 
 MatVec = Callable[[Tensor], Tensor]
 
@@ -111,24 +114,18 @@ class CG:
         negative = torch.zeros_like(rr, dtype=torch.bool)
         iterations = torch.zeros_like(rr, dtype=torch.long)
         active = (size > 0) & ~(rz <= 0)  # a NaN in M goes on, into x, and is seen there
-        for _ in range(self.max_iterations):
-            if self.tolerance != 0 and not bool(active.any()):
-                break
-            ap = matvec(p)
-            products += 1
-            curvature = torch.linalg.vecdot(p, ap)
-            iterations += active
-            negative |= active & (curvature <= 0)
-            active = active & ~negative
-            # `where` and not a product with the mask: a stopped task may hold 0/0 here.
-            alpha = torch.where(active, rz / torch.where(active, curvature, 1.0), 0.0)[:, None]
-            x, r = torch.addcmul(x, alpha, p), torch.addcmul(r, alpha, ap, value=-1)
-            z = inverse(r)
-            rr, new = torch.linalg.vecdot(r, r), torch.linalg.vecdot(r, z)
-            beta = torch.where(active, new / torch.where(active, rz, 1.0), 0.0)[:, None]
-            p = torch.addcmul(z, beta, p)
-            rz = new
-            active = active & (rr.sqrt() > goal) & ~(rz <= 0)
+        state: Sequence[Tensor] = (x, r, p, rr, rz, goal, active, negative, iterations)
+        if self.tolerance == 0 and self.preconditioner is None and isinstance(matvec, Derivative):
+            state = matvec.repeat(_conjugate_step, state, self.max_iterations)
+            products = self.max_iterations
+        else:
+            step = partial(_conjugate_step, inverse=inverse)
+            for _ in range(self.max_iterations):
+                if self.tolerance != 0 and not bool(state[6].any()):  # none is active
+                    break
+                state = step(matvec, *state)
+                products += 1
+        x, _, _, rr, _, _, _, negative, iterations = state
         return Solution(x * scale, relative(rr.sqrt(), size), iterations, negative, products)
 
 
@@ -320,6 +317,36 @@ def check_count(name: str, value: int, why: str) -> None:
 
 def _identity(v: Tensor) -> Tensor:
     return v
+
+
+def _conjugate_step(
+    matvec: MatVec,
+    x: Tensor,
+    r: Tensor,
+    p: Tensor,
+    rr: Tensor,
+    rz: Tensor,
+    goal: Tensor,
+    active: Tensor,
+    negative: Tensor,
+    iterations: Tensor,
+    inverse: MatVec = _identity,
+) -> tuple[Tensor, ...]:
+    """One iteration of `CG` for all tasks: its arguments after the product, one step on."""
+    ap = matvec(p)
+    curvature = torch.linalg.vecdot(p, ap)
+    iterations = iterations + active
+    negative = negative | (active & (curvature <= 0))
+    active = active & ~negative
+    # `where` and not a product with the mask: a stopped task may hold 0/0 here.
+    alpha = torch.where(active, rz / torch.where(active, curvature, 1.0), 0.0)[:, None]
+    x, r = torch.addcmul(x, alpha, p), torch.addcmul(r, alpha, ap, value=-1)
+    z = inverse(r)
+    rr, new = torch.linalg.vecdot(r, r), torch.linalg.vecdot(r, z)
+    beta = torch.where(active, new / torch.where(active, rz, 1.0), 0.0)[:, None]
+    p = torch.addcmul(z, beta, p)
+    active = active & (rr.sqrt() > goal) & ~(new <= 0)
+    return x, r, p, rr, new, goal, active, negative, iterations
 
 
 def _by_eigenvalues(matrix: Tensor, b: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from varmeta.inference.energy import Energy, as_energy
 from varmeta.inference.linear import default_tolerance
-from varmeta.models.programs import Linearised
+from varmeta.models.programs import Derivative, Linearised, Product
 
 Memory = tuple[Tensor, ...]
 Precision = Literal["full", "tf32", "bf16"]
@@ -109,12 +109,35 @@ class FirstOrder(ABC):
         """See `Minimiser.minimise`."""
         energy = as_energy(energy)
         with torch.no_grad(), _products(self.precision, start.device):
-            path = self.run(energy, start.detach())
+            start = start.detach()
+            slope = energy.slope(start) if self.tolerance == 0 and self.uniform else None
+            path = self.run(energy, start) if slope is None else self._budget(slope, start)
         at = energy.linearise(path.theta)
         norm = at.grad.detach().norm(dim=-1)
         converged = None if self.tolerance == 0 else norm <= path.goal
         count = path.gradients + 1
         return Minimum(path.theta, norm, converged, path.iterations, count, at, path.start_norm)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all steps are the same function of θ, gradient and memory, and always will be."""
+        return False
+
+    def _budget(self, slope: Derivative, start: Tensor) -> Path:
+        """The steps of a fixed budget, compiled together."""
+        unknown = torch.full_like(start[:, 0], -1.0)
+        state = (start, unknown, *self.begin(start))
+        theta, norm, *_ = slope.repeat(self._step, state, self.max_iterations)
+        iterations = torch.full_like(norm, self.max_iterations, dtype=torch.long)
+        return Path(theta, norm, torch.zeros_like(norm), iterations, self.max_iterations)
+
+    def _step(
+        self, slope: Product, theta: Tensor, norm: Tensor, *memory: Tensor
+    ) -> tuple[Tensor, ...]:
+        """One of `uniform` steps; the norm is that of the first gradient, −1 before it."""
+        grad = slope(theta)
+        theta, memory = self.move(0, theta, grad, memory)
+        return theta, torch.where(norm < 0, grad.norm(dim=-1), norm), *memory
 
     def run(
         self,
@@ -199,6 +222,11 @@ class GradientDescent(FirstOrder):
         super().__post_init__()
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}")
+
+    @property
+    def uniform(self) -> bool:
+        """See `FirstOrder`; step sizes in a tensor may be learned."""
+        return not isinstance(self.step_size, Tensor)
 
     def begin(self, theta: Tensor) -> Memory:
         """The last step, if there is momentum."""

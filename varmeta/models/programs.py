@@ -12,6 +12,9 @@ Four derivatives serve every minimiser, solver and adjoint:
 Each is first run as it stands; after some calls with the same shapes its tensor operations are
 recorded (`torch.fx`) and replayed, on request compiled by inductor. A recording is used only where
 it gives what the function gives, here and close by; what was chosen, and why, is in `report`.
+
+Several steps of an algorithm over a compiled gradient or product are one program
+(`Derivative.repeat`): calling many small ones costs as much as their arithmetic.
 """
 
 from __future__ import annotations
@@ -28,11 +31,13 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from varmeta.models.capture import CALLS_BEFORE_CAPTURE, KEPT_SHAPES, Unrecordable, agree, trace
-from varmeta.models.simplify import direct
+from varmeta.models.simplify import direct, split_linear, turn_products
 
 EnergyFunction = Callable[..., Tensor]
 Product = Callable[[Tensor], Tensor]
+Step = Callable[..., Sequence[Tensor]]
 Grads = list[Tensor | None]
+AT_ONCE = 5  # steps in one program; more gain little, and take longer to compile
 _log = logging.getLogger("varmeta")
 
 
@@ -49,6 +54,64 @@ class Linearised:
     value: Tensor
     grad: Tensor
     product: Product
+
+
+@dataclass(frozen=True, eq=False)
+class Derivative:
+    """A compiled gradient θ ↦ ∇E, or product v ↦ ∇²E v, everything else being given.
+
+    Attributes:
+        programs: keep what is compiled.
+        name: for the report.
+        key: tells it, its shapes and types from others.
+        call: the derivative itself.
+        graph: records it, as a program of (x, *given).
+        given: tensors.
+    """
+
+    programs: Programs
+    name: str
+    key: Any
+    call: Product
+    graph: Callable[[], Callable[..., Sequence[Tensor]]]
+    given: Sequence[Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[T, D]` to `[T, D]`."""
+        return self.call(x)
+
+    def repeat(self, step: Step, state: Sequence[Tensor], count: int) -> Sequence[Tensor]:
+        """`state = step(derivative, *state)`, `count` times; several at once in one program.
+
+        Args:
+            step: asks no tensor for its values and writes in none; what it does depends on its
+                arguments alone. Kept by identity, with the programs made of it.
+            state: its first tensor is what the steps are for; the others may hang on rounding.
+            count: is cut into equal parts of at most `AT_ONCE`, all the same program.
+        """
+        at_once = max(n for n in range(1, AT_ONCE + 1) if count % n == 0)
+        key, size = (f"{at_once} x {self.name}", self.key, step), len(state)
+
+        def record() -> Any:
+            graph = self.graph()
+
+            def steps(*tensors: Tensor) -> list[Tensor]:
+                state, given = tensors[:size], tensors[size:]
+                for _ in range(at_once):
+                    state = tuple(step(lambda x: graph(x, *given)[0], *state))
+                return list(state)
+
+            return self.programs._record(steps, [*_plain(state), *self.given], compared=1)
+
+        for _ in range(count // at_once):
+            program = self.programs._lookup(key, record)
+            if program is None:
+                for _ in range(at_once):
+                    state = step(self, *state)
+            else:
+                with torch.no_grad():
+                    state = program(*_plain(state), *self.given)
+        return state
 
 
 @dataclass(eq=False)
@@ -78,6 +141,26 @@ class Programs:
         assert grads[0] is not None
         return value, grads[0]
 
+    def slope(self, theta: Tensor, parameters: Sequence[Tensor]) -> Derivative | None:
+        """∇E for tensors of these shapes, if it is compiled."""
+        if not self.compiled:
+            return None
+        tensors = _plain([theta, *parameters])
+        first = _first(self.function, [True] + [False] * len(parameters))
+
+        def slope(theta: Tensor, *parameters: Tensor) -> list[Tensor]:
+            return first(torch.ones_like(theta[:, 0]), theta, *parameters)[1:]
+
+        def graph() -> torch.fx.GraphModule:
+            recorded = trace(slope, tensors)
+            agree(recorded, slope, tensors, exact=False)
+            return recorded
+
+        def call(theta: Tensor) -> Tensor:
+            return self.gradient(theta, parameters)[1]
+
+        return Derivative(self, "gradient", _key("slope", tensors), call, graph, tensors[1:])
+
     def linearise(
         self, theta: Tensor, parameters: Sequence[Tensor], *, gauss_newton: bool = False
     ) -> Linearised:
@@ -96,31 +179,38 @@ class Programs:
         prologue, product = kept
         with torch.no_grad():
             value, grad, *residuals = prologue(*tensors)
-        return Linearised(value, grad, lambda v: _call(product, *_plain([v]), *residuals))
+        if not self.compiled:
+            return Linearised(value, grad, lambda v: _call(product, *_plain([v]), *residuals))
+
+        name = "gauss_newton product" if gauss_newton else "product"
+
+        def call(v: Tensor) -> Tensor:
+            return self._run((name, key), product, [*_plain([v]), *residuals])[0]
+
+        curve = Derivative(self, name, key, call, lambda: product, residuals)
+        return Linearised(value, grad, curve)
 
     def pullback(self, x: Tensor, tensors: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:
         """Gradient of Σ xᵀ∇E in those of `tensors`, θ and the parameters, that are wanted."""
-        program = self._run(
-            _named("pullback", wanted), _pullback(self.function, wanted), [x, *tensors]
-        )
-        return _spread(program, wanted)
+        plain = _plain([x, *tensors])
+        key = _key(_named("pullback", wanted), plain)
+        return _spread(self._run(key, _pullback(self.function, wanted), plain), wanted)
 
     def first(
         self, seed: Tensor, tensors: Sequence[Tensor], wanted: Sequence[bool]
     ) -> tuple[Tensor, Grads]:
         """E `[T]`, and the gradient of Σ seed_i E_i in those of `tensors` that are wanted."""
-        program = _first(self.function, wanted)
-        value, *grads = self._run(_named("first", wanted), program, [seed, *tensors])
+        plain = _plain([seed, *tensors])
+        key = _key(_named("first", wanted), plain)
+        value, *grads = self._run(key, _first(self.function, wanted), plain)
         return value, _spread(grads, wanted)
 
     # -- private ----------------------------------------------------------------------------------
 
     def _run(
-        self, name: str, function: Callable[..., list[Tensor]], tensors: Sequence[Tensor]
+        self, key: Any, function: Callable[..., list[Tensor]], plain: Sequence[Tensor]
     ) -> list[Tensor]:
-        plain = _plain(tensors)
-        key = _key(name, plain)
-        program = self._lookup(key, lambda: self._record(name, function, plain)) or function
+        program = self._lookup(key, lambda: self._record(function, plain)) or function
         with torch.no_grad(), _unseen():
             return list(program(*plain))
 
@@ -145,11 +235,15 @@ class Programs:
         return self._kept.get(key)
 
     def _record(
-        self, name: str, function: Callable[..., list[Tensor]], tensors: Sequence[Tensor]
+        self,
+        function: Callable[..., list[Tensor]],
+        tensors: Sequence[Tensor],
+        compared: int | None = None,
     ) -> Any:
-        graph = trace(function, tensors)
-        program = self._finish(graph, tensors)
-        agree(program, function, tensors, exact=not self.compiled)
+        """A program that returns the same; its first so many results are compared, None for all."""
+        program = self._finish(trace(function, tensors), tensors)
+        both = [lambda *given, f=f: list(f(*given))[:compared] for f in (program, function)]
+        agree(both[0], both[1], tensors, exact=not self.compiled)
         return program
 
     def _record_linear(self, tensors: Sequence[Tensor], gauss_newton: bool) -> Any:
@@ -161,10 +255,9 @@ class Programs:
 
         graph = trace(second_order, [v, *tensors])
         before, after = split_linear(graph)
-        with torch.no_grad():
-            residuals = list(before(*tensors))[2:]
         prologue = self._finish(before, tensors)
-        product = self._finish(after, [v, *residuals])
+        # Compiled when it is used, alone or within the steps of a solver.
+        product = after if self.compiled else direct(after)
 
         def both(v: Tensor, *tensors: Tensor) -> list[Tensor]:
             value, grad, *residuals = prologue(*tensors)
@@ -179,7 +272,7 @@ class Programs:
         import torch._inductor  # seconds to import: only when asked for
 
         try:
-            return torch._inductor.compile(graph, list(tensors))
+            return torch._inductor.compile(turn_products(graph), list(tensors))
         except Exception as error:  # without a C++ compiler, say
             first = (str(error).splitlines() or [""])[0]
             raise Unrecordable(f"{type(error).__name__}: {first}") from error
@@ -229,48 +322,6 @@ def twice_differentiable() -> Iterator[None]:
             "need second derivatives: write that operation with others, or use a strategy that "
             "needs first ones alone (FOMAML, Reptile, JointVariational)"
         ) from error
-
-
-def split_linear(
-    graph: torch.fx.GraphModule,
-) -> tuple[torch.fx.GraphModule, torch.fx.GraphModule]:
-    """Cut a program of (v, *rest) to (a, b, Lv), a and b free of v, into two.
-
-    The first maps rest to (a, b, *residuals), the second (v, *residuals) to Lv: what does not
-    depend on v is not computed again for the next v.
-    """
-    nodes = list(graph.graph.nodes)
-    inputs = [n for n in nodes if n.op == "placeholder"]
-    (*fixed, linear) = next(n for n in nodes if n.op == "output").args[0]
-    moving = {inputs[0]}
-    for node in nodes:
-        if node.op != "output" and any(a in moving for a in node.all_input_nodes):
-            moving.add(node)
-    needed = {a for n in moving for a in n.all_input_nodes if a not in moving}
-    if linear not in moving:
-        needed.add(linear)
-    # A constant of the module is fetched where it is used: no need to hand it over.
-    residuals = [n for n in nodes if n in needed and n.op != "get_attr"]
-    before, after = torch.fx.Graph(), torch.fx.Graph()
-    first: dict[torch.fx.Node, torch.fx.Node] = {}
-    for node in nodes:
-        if node not in moving and node.op != "output":
-            first[node] = before.node_copy(node, first.__getitem__)
-    before.output([first[n] for n in (*fixed, *residuals)])
-    then = {inputs[0]: after.placeholder("v")}
-    for index, node in enumerate(residuals):
-        then[node] = after.placeholder(f"residual_{index}")
-    for node in nodes:
-        if (node in moving and node.op != "placeholder") or (
-            node in needed and node.op == "get_attr"
-        ):
-            then[node] = after.node_copy(node, then.__getitem__)
-    after.output([then[linear]])
-    modules = [torch.fx.GraphModule(graph, g) for g in (before, after)]
-    for module in modules:
-        module.graph.eliminate_dead_code()
-        module.recompile()
-    return modules[0], modules[1]
 
 
 def _first(function: EnergyFunction, wanted: Sequence[bool]) -> Callable[..., list[Tensor]]:

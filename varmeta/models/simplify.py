@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Graph, GraphModule, Interpreter, Node
 
 _aten = torch.ops.aten
 _ONES = {_aten.mul.Scalar, _aten.mul.Tensor, _aten.div.Tensor, _aten.pow.Tensor_Scalar}
+_T = _aten.transpose.int
 _ZEROS = {_aten.add.Tensor, _aten.sub.Tensor}
 
 
@@ -59,6 +60,84 @@ def direct(program: GraphModule) -> Callable[..., Any]:
     exec(compile(source, "<varmeta program>", "exec"), space | operations, space)
     forward = FunctionType(space["forward"].__code__, space | operations)
     return lambda *tensors: forward(program, *tensors)
+
+
+def turn_products(program: GraphModule) -> GraphModule:
+    """(AB)ᵀ becomes BᵀAᵀ, and (AB + CD)ᵀ likewise: `program`, changed.
+
+    Rounds differently, so only for what will be compiled. The derivatives of a layer are transposes
+    of products: these are written down twice, and where both factors are transposes themselves
+    PyTorch's library takes six times longer.
+    """
+    graph = program.graph
+    for node in list(graph.nodes):
+        if _is_transpose(node) and _is_product(node.args[0]):
+            with graph.inserting_before(node):
+                node.replace_all_uses_with(_turned(graph, node.args[0]))
+        elif node.target is _aten.view.default:  # of what may lie in another order now
+            node.target = _aten.reshape.default
+    graph.eliminate_dead_code()
+    program.recompile()
+    return program
+
+
+def _is_transpose(node: Any) -> bool:
+    return node.target is _T and set(node.args[1:]) in ({1, 2}, {-2, -1})
+
+
+def _is_product(node: Any) -> bool:
+    """A batch of matrix products, or a sum of such, that is used once."""
+    if node.target is _aten.add.Tensor and not node.kwargs and len(node.users) == 1:
+        return all(isinstance(a, Node) and _is_product(a) for a in node.args)
+    return node.target is _aten.bmm.default and len(node.users) == 1
+
+
+def _turned(graph: Graph, node: Any) -> Node:
+    if _is_product(node):
+        parts = [_turned(graph, a) for a in node.args]
+        parts = parts[::-1] if node.target is _aten.bmm.default else parts
+        return graph.call_function(node.target, tuple(parts))
+    return node.args[0] if _is_transpose(node) else graph.call_function(_T, (node, 1, 2))
+
+
+def split_linear(graph: GraphModule) -> tuple[GraphModule, GraphModule]:
+    """Cut a program of (v, *rest) to (a, b, Lv), a and b free of v, into two.
+
+    The first maps rest to (a, b, *residuals), the second (v, *residuals) to Lv: what does not
+    depend on v is not computed again for the next v.
+    """
+    nodes = list(graph.graph.nodes)
+    inputs = [n for n in nodes if n.op == "placeholder"]
+    (*fixed, linear) = next(n for n in nodes if n.op == "output").args[0]
+    moving = {inputs[0]}
+    for node in nodes:
+        if node.op != "output" and any(a in moving for a in node.all_input_nodes):
+            moving.add(node)
+    needed = {a for n in moving for a in n.all_input_nodes if a not in moving}
+    if linear not in moving:
+        needed.add(linear)
+    # A constant of the module is fetched where it is used: no need to hand it over.
+    residuals = [n for n in nodes if n in needed and n.op != "get_attr"]
+    before, after = Graph(), Graph()
+    first: dict[Node, Node] = {}
+    for node in nodes:
+        if node not in moving and node.op != "output":
+            first[node] = before.node_copy(node, first.__getitem__)
+    before.output([first[n] for n in (*fixed, *residuals)])
+    then = {inputs[0]: after.placeholder("v")}
+    for index, node in enumerate(residuals):
+        then[node] = after.placeholder(f"residual_{index}")
+    for node in nodes:
+        if (node in moving and node.op != "placeholder") or (
+            node in needed and node.op == "get_attr"
+        ):
+            then[node] = after.node_copy(node, then.__getitem__)
+    after.output([then[linear]])
+    modules = [GraphModule(graph, g) for g in (before, after)]
+    for module in modules:
+        module.graph.eliminate_dead_code()
+        module.recompile()
+    return modules[0], modules[1]
 
 
 class _Values(Interpreter):
