@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import warnings
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from helpers import case_of
 from linear_gaussian import LinearGaussian
+from torch import Tensor
 
-from varmeta import CG, IMAML, GradientDescent, Implicit, fit
+from varmeta import (
+    CG,
+    IMAML,
+    CompletePooling,
+    Density,
+    GradientDescent,
+    Implicit,
+    LaplaceEvidence,
+    Tasks,
+    fit,
+)
 from varmeta.inference.diagnostics import note, warn_of
 
 GOOD = {
@@ -61,3 +74,24 @@ def test_the_note_beside_the_bar() -> None:
     row = {"loss": 1.5, "residual": 0.02, "converged": 3.0, "negative_curvature": 1.0}
     assert note(row, 5) == "loss 1.5  residual 2.0e-02  2 not converged  1 negative curvature"
     assert note({"loss": 1.5}, 5) == "loss 1.5"
+
+
+def alike(x: Tensor, y: Tensor | None = None) -> Tensor:
+    """Level and slope; the slope will be the same in every task."""
+    level = pyro.sample("level", dist.Normal(0.0, 1.0))
+    slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", len(x)):
+        return pyro.sample("y", dist.Normal(level + slope * x[:, 0], 0.1), obs=y)
+
+
+def test_a_collapsed_scale_is_named() -> None:
+    """Only the slope's, and not where it is held fixed or pooled on purpose."""
+    x = torch.linspace(-1, 1, 4, dtype=torch.float64)[:, None]
+    tasks = Tasks.from_list([(x, level + x[:, 0]) for level in (-1.0, 0.0, 1.0, 2.0)])
+    density = Density(alike, tasks)
+    with pytest.warns(RuntimeWarning, match="the scale of 'slope' fell to .*name the site in shar"):
+        fit(LaplaceEvidence(steps=60, learning_rate=0.3), density, tasks)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(LaplaceEvidence(steps=60, learning_rate=0.3, learn_scale=False), density, tasks)
+        fit(CompletePooling(), density, tasks)

@@ -7,6 +7,10 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from varmeta.models.density import Density
+from varmeta.models.prior import GaussianPrior
+
+_COLLAPSED = 0.01  # of the scale at the start
 _LOOSE = 0.1  # relative residual or gradient above which a derivative is called inexact
 
 # Diagnostic, where it is bad, and what to say of so many tasks.
@@ -65,6 +69,27 @@ def warn_of(name: str, stats: Mapping[str, Tensor]) -> None:
             said.append(text.format(f"{count} of {len(stats[key])} tasks"))
     if said:
         warnings.warn(f"{name}: {'; '.join(said)}", RuntimeWarning, stacklevel=3)
+
+
+def warn_of_collapse(name: str, density: Density, start: GaussianPrior, end: GaussianPrior) -> None:
+    """Name the sites whose learned scale fell below a hundredth of where it started.
+
+    A scale of exactly 0 is not learned but stated (`CompletePooling`).
+    """
+    ratio = (end.log_scale - start.log_scale).exp()
+    small = (ratio < _COLLAPSED) & (ratio > 0)
+    if not bool(small.any()):
+        return
+    sites = density.site_index.to(small.device)[small[end.groups]].unique().tolist()
+    shown = ", ".join(repr(density.sites[k].name) for k in sites[:5])
+    warnings.warn(
+        f"{name}: the scale of {shown} fell to {float(ratio[small].max()):.1g} of its start or "
+        "less, so that new tasks hardly adapt in it. Tasks may not differ there (name the site in "
+        "shared=); or there are too few of them to tell, where a point estimate of a scale goes to "
+        "0 and PyroNUTS does not; or q is diagonal and prunes what q='full' keeps",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def _asks_no_reduction(stats: Mapping[str, Tensor]) -> bool:

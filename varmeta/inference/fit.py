@@ -24,7 +24,7 @@ from rich.progress import (
 from torch import Tensor
 
 from varmeta.inference.base import Batch, State, StepInfo, Strategy
-from varmeta.inference.diagnostics import note, warn_of
+from varmeta.inference.diagnostics import note, warn_of, warn_of_collapse
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import TaskPosterior
@@ -195,6 +195,7 @@ def fit(
     if path is not None:
         result.save(path)
     warn_of(strategy.name, result.stats)
+    warn_of_collapse(strategy.name, density, prior, result.prior)
     return result
 
 
