@@ -130,56 +130,60 @@ def study(names: Sequence[str], seeds: int, steps: int, adapt: int, results: Pat
 
 
 def summary(found: pd.DataFrame) -> pd.DataFrame:
-    """Mean over seeds and half the width of its 95% interval (Student's t)."""
-    keys = ["problem", "kind", "q", "period"]
-    groups = found.groupby(keys, sort=False, dropna=False)
-    out = groups[["gap", "held_out"]].mean()
-    error = groups[["gap", "held_out"]].sem()
+    """Means over seeds, with half the width of their 95% intervals (Student's t).
+
+    `gain` is the held-out density less that of the joint run without resets on the same data.
+    """
+    never = found[(found["kind"] == "joint") & np.isinf(found["period"])]
+    base = never.set_index(["problem", "q", "seed"])["held_out"]
+    found = found.join(base.rename("never"), on=["problem", "q", "seed"])
+    found["gain"] = found["held_out"] - found["never"]
+    groups = found.groupby(["problem", "kind", "q", "period"], sort=False, dropna=False)
+    columns = ["gap", "held_out", "gain"]
+    out, error = groups[columns].mean(), groups[columns].sem()
     reach = student.ppf(0.975, np.maximum(groups.size() - 1, 1))
-    for column in ("gap", "held_out"):
+    for column in columns:
         out[f"{column}_pm"] = error[column] * reach
-    return out.reset_index()
+    return out[[c for name in columns for c in (name, f"{name}_pm")]].reset_index()
 
 
 def draw(table: pd.DataFrame, path: Path) -> None:
-    """The gap and the held-out density over the reset period, a column for each problem."""
+    """The gap, and what is gained on new tasks, over the reset period; a column per problem."""
     names = list(table["problem"].unique())
     figure, axes = plt.subplots(
         2, len(names), figsize=(4.2 * len(names), 6.4), sharex=True, squeeze=False
     )
     never = 3 * max(PERIODS)
     for column, name in enumerate(names):
-        for q, colour in zip(FAMILIES, ("C0", "C3"), strict=True):
+        for k, (q, colour) in enumerate(zip(FAMILIES, ("C0", "C3"), strict=True)):
             part = table[(table["problem"] == name) & (table["q"] == q)]
-            for row, what in enumerate(("gap", "held_out")):
-                axis = axes[row, column]
-                for kind, marker, dodge in (("joint", "o", 1.0), ("shift", "^", 1.15)):
+            for row, what in enumerate(("gap", "gain")):
+                for kind, marker in (("joint", "o"), ("shift", "^"), ("amortised", "s")):
                     line = part[part["kind"] == kind].sort_values("period")
-                    axis.errorbar(
-                        dodge * line["period"].replace(np.inf, never),
+                    if line[what].isna().all():
+                        continue
+                    at = line["period"].replace(np.inf, never).fillna(3 * never)
+                    axes[row, column].errorbar(
+                        at * 1.12 ** (k + 0.5 * (kind == "shift")),
                         line[what],
                         yerr=line[f"{what}_pm"],
                         color=colour,
                         marker=marker,
-                        linestyle="-" if kind == "joint" else ":",
+                        linestyle="-" if kind == "joint" else "",
                         capsize=3,
                         label=f"{FAMILIES[q]}, {kind}",
                     )
-                level = part.loc[part["kind"] == "amortised", what]
-                if level.notna().any():
-                    axis.axhline(
-                        level.item(), color=colour, ls="--", label=f"{FAMILIES[q]}, amortised"
-                    )
         for axis in axes[:, column]:
             axis.set_xscale("log")
-            axis.set_xticks([*PERIODS, never], [*map(str, PERIODS), "never"])
+            ticks = [*map(str, PERIODS), "never", "amort."]
+            axis.set_xticks([*PERIODS, never, 3 * never], ticks)
             axis.minorticks_off()
+            axis.set_yscale("symlog", linthresh=1)
+            axis.axhline(0, color="grey", lw=0.8)
         axes[0, column].set_title(name)
-        axes[0, column].set_yscale("symlog", linthresh=1)
-        axes[0, column].axhline(0, color="grey", lw=0.8)
         axes[1, column].set_xlabel("steps between two resets")
     axes[0, 0].set_ylabel("reachability gap, nats per task")
-    axes[1, 0].set_ylabel("new tasks: log density per row, nats")
+    axes[1, 0].set_ylabel("new tasks: gain over never, nats per row")
     axes[1, 0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
