@@ -153,7 +153,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
     figure, axes = plt.subplots(
         2, len(names), figsize=(4.2 * len(names), 6.4), sharex=True, squeeze=False
     )
-    never = 3 * max(PERIODS)
+    never, amortised = 4 * max(PERIODS), 20 * max(PERIODS)
     for column, name in enumerate(names):
         for k, (q, colour) in enumerate(zip(FAMILIES, ("C0", "C3"), strict=True)):
             part = table[(table["problem"] == name) & (table["q"] == q)]
@@ -162,7 +162,7 @@ def draw(table: pd.DataFrame, path: Path) -> None:
                     line = part[part["kind"] == kind].sort_values("period")
                     if line[what].isna().all():
                         continue
-                    at = line["period"].replace(np.inf, never).fillna(3 * never)
+                    at = line["period"].replace(np.inf, never).fillna(amortised)
                     axes[row, column].errorbar(
                         at * 1.12 ** (k + 0.5 * (kind == "shift")),
                         line[what],
@@ -176,9 +176,9 @@ def draw(table: pd.DataFrame, path: Path) -> None:
         for axis in axes[:, column]:
             axis.set_xscale("log")
             ticks = [*map(str, PERIODS), "never", "amort."]
-            axis.set_xticks([*PERIODS, never, 3 * never], ticks)
+            axis.set_xticks([*PERIODS, never, amortised], ticks, fontsize=8)
             axis.minorticks_off()
-            axis.set_yscale("symlog", linthresh=1)
+            axis.set_yscale("symlog", linthresh=0.1)
             axis.axhline(0, color="grey", lw=0.8)
         axes[0, column].set_title(name)
         axes[1, column].set_xlabel("steps between two resets")
