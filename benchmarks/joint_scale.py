@@ -2,17 +2,13 @@
 
 The radon model of one county (intercept and floor adapt, uranium and noise are shared) on synthetic
 counties, 100 of them in a step. A step should not notice how many others there are, and the table
-should take 3K + 1 numbers a task. Each count runs in a process of its own, so that its memory is
-its own.
+should take 3K + 1 numbers a task. The runs take their steps in turn, so that the machine's moods
+are the same for all.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import resource
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -21,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 import varmeta as vm
+from varmeta.inference.base import Batch
 from varmeta.inference.families import Family
 from varmeta.problems import county
 from varmeta.seeds import generator
@@ -43,61 +40,68 @@ def counties(count: int) -> vm.Tasks:
     return vm.Tasks(torch.stack([floor, uranium], -1), y, mask, torch.zeros_like(mask), names)
 
 
-def measure(count: int) -> dict[str, float]:
-    """Milliseconds a step (median of single steps, CPU time), and bytes of the table."""
-    tasks = counties(count)
-    density = vm.Density(county, tasks.select([0, 1]), shared=["uranium", "noise"])
-    strategy = vm.JointVariational(steps=WARM + STEPS)
-    times, clock = [], time.process_time()
+class Steps:
+    """A run of so many tasks, one step at a time."""
 
-    def on_step(step: int, info: object) -> None:
-        nonlocal clock
-        now = time.process_time()
-        times.append(now - clock)
-        clock = now
+    def __init__(self, count: int) -> None:
+        self.tasks = counties(count)
+        few = self.tasks.select([0, 1])
+        self.density = vm.Density(county, few, shared=["uranium", "noise"])
+        self.strategy = vm.JointVariational(steps=WARM + STEPS)
+        prior = vm.GaussianPrior.from_density(self.density)
+        self.state = self.strategy.init(self.density, prior, self.tasks, generator(0))
+        # Drawn before the clock starts: shuffling a million numbers empties the cache.
+        self.visits = [
+            torch.randperm(count, generator=generator(1, k))[:VISITED].sort().values
+            for k in range(WARM + STEPS)
+        ]
+        self.times: list[float] = []
 
-    batch = min(VISITED, count)
-    fit = vm.fit(strategy, density, tasks, batch_size=batch, on_step=on_step, progress=False)
-    table = fit.state.tensors
-    return {
-        "tasks": count,
-        "milliseconds": 1000 * float(np.median(times[WARM:])),
-        "with_epochs": 1000 * float(np.mean(times[WARM:])),
-        "bytes": sum(table[name].nbytes for name in PARTS),
-        "predicted": count * (3 * Family("diagonal", 2).num_columns + 1) * 4,
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-    }
+    def step(self) -> None:
+        """Take the tasks of a batch and step on it, on the clock (CPU time)."""
+        count, noise = len(self.tasks), generator(2, self.state.step)
+        index = self.visits[self.state.step]
+        start = time.process_time()
+        batch = Batch(self.tasks.select(index), index, count)
+        self.strategy.step(self.density, self.state, batch, noise)
+        self.times.append((time.process_time() - start) / len(index))
+        self.state.step += 1
+
+    @property
+    def microseconds(self) -> float:
+        """Per visited task, the median step after the warm-up."""
+        return 1e6 * float(np.median(self.times[WARM:]))
+
+    @property
+    def megabytes(self) -> tuple[float, float]:
+        """Of the table, and as predicted from 3K + 1 numbers a task."""
+        table = self.state.tensors
+        columns = Family("diagonal", 2).num_columns
+        predicted = len(self.tasks) * (3 * columns + 1) * table["rows"].element_size()
+        return sum(table[name].nbytes for name in PARTS) / 1e6, predicted / 1e6
 
 
 def main() -> None:
-    """Measure each count, `--rounds` times in turn, and print the table."""
+    """Step through all of them in turn, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--count", type=int, help="measure this count alone and print it as JSON")
+    parser.add_argument("--counts", type=int, nargs="+", default=list(COUNTS))
     options = parser.parse_args()
-    if options.count:
-        torch.set_num_threads(1)
-        print(json.dumps(measure(options.count)))
-        return
-    found: dict[int, list[dict[str, float]]] = {count: [] for count in COUNTS}
-    for _ in range(options.rounds):
-        for count in COUNTS:
-            command = [sys.executable, "-m", "benchmarks.joint_scale", "--count", str(count)]
-            out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            found[count].append(json.loads(out.splitlines()[-1]))
+    torch.set_num_threads(1)
+    runs = [Steps(count) for count in options.counts]
+    for _ in range(WARM + STEPS):
+        for run in runs:
+            run.step()
     table = Table(title=f"JointVariational (diagonal), {VISITED} tasks a step")
-    for name in ("tasks", "ms per step", "of 100 tasks'", "mean ms", "table MB", "predicted MB"):
+    for name in ("tasks", "µs per visited task", "ratio", "table MB", "predicted MB"):
         table.add_column(name, justify="right")
-    first = float(np.median([r["milliseconds"] for r in found[COUNTS[0]]]))
-    for count, rows in found.items():
-        middle = {key: float(np.median([row[key] for row in rows])) for key in rows[0]}
+    for run in runs:
+        held, predicted = run.megabytes
         table.add_row(
-            f"{count:,}",
-            f"{middle['milliseconds']:.2f}",
-            f"{middle['milliseconds'] / first:.2f}",
-            f"{middle['with_epochs']:.2f}",
-            f"{middle['bytes'] / 1e6:,.2f}",
-            f"{middle['predicted'] / 1e6:,.2f}",
+            f"{len(run.tasks):,}",
+            f"{run.microseconds:.1f}",
+            f"{run.microseconds / runs[0].microseconds:.2f}",
+            f"{held:,.2f}",
+            f"{predicted:,.2f}",
         )
     Console().print(table)
 
