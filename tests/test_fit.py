@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -154,6 +154,14 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert_same(resumed.stats, whole.stats)
 
 
+@pytest.fixture
+def terminal() -> Iterator[None]:
+    """Python's own Ctrl-C, as at a terminal: a shell starts background jobs without it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupting(times: int) -> tuple[Callable[..., Tensor], dict[str, int]]:
     """A model in which Ctrl-C is pressed, `times` times, on a call when `left` reaches 0."""
     plain, clock = linear_model(3, 0.5), {"left": -1}
@@ -168,6 +176,7 @@ def interrupting(times: int) -> tuple[Callable[..., Tensor], dict[str, int]]:
     return model, clock
 
 
+@pytest.mark.usefixtures("terminal")
 def test_ctrl_c_within_a_step_waits_for_its_end(tmp_path: Path) -> None:
     """A half-taken step could not be resumed exactly."""
     model, clock = interrupting(times=1)
@@ -181,6 +190,7 @@ def test_ctrl_c_within_a_step_waits_for_its_end(tmp_path: Path) -> None:
     assert_same(resumed.state.state_dict(), whole.state.state_dict())
 
 
+@pytest.mark.usefixtures("terminal")
 def test_a_second_ctrl_c_does_not_wait_and_saves_no_half_step(tmp_path: Path) -> None:
     model, clock = interrupting(times=2)
     density, path = Density(model, CASE.tasks), tmp_path / "run.pt"
@@ -191,6 +201,7 @@ def test_a_second_ctrl_c_does_not_wait_and_saves_no_half_step(tmp_path: Path) ->
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("terminal")
 def test_ctrl_c_without_a_checkpoint_is_just_that() -> None:
     with pytest.raises(KeyboardInterrupt) as caught:
         run(on_step=stop_at(2))
