@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +65,12 @@ def test_batches_are_random_and_reach_every_task() -> None:
     assert not torch.equal(done.prior.loc, run(batch_size=2, seed=1).prior.loc)
     gradients = done.history["gradients"].diff().iloc[1:]
     assert (gradients == 2 * JOINT.samples).all()
+
+
+def test_every_epoch_visits_every_task_once() -> None:
+    """Ten steps of two: three epochs of six tasks, and two tasks more."""
+    visits = run(batch_size=2).state.tensors["visits"]
+    assert visits.sum() == 20 and set(visits.tolist()) <= {3.0, 4.0}
 
 
 def test_a_batch_of_all_is_no_batch() -> None:
@@ -152,69 +157,6 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     resumed = once(checkpoint=path)
     assert_same(resumed.state.state_dict(), whole.state.state_dict())
     assert_same(resumed.stats, whole.stats)
-
-
-@pytest.fixture
-def terminal() -> Iterator[None]:
-    """Python's own Ctrl-C, as at a terminal: a shell starts background jobs without it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def interrupting(times: int) -> tuple[Callable[..., Tensor], dict[str, int]]:
-    """A model in which Ctrl-C is pressed, `times` times, on a call when `left` reaches 0."""
-    plain, clock = linear_model(3, 0.5), {"left": -1}
-
-    def model(x: Tensor, y: Tensor | None = None) -> Tensor:
-        clock["left"] -= 1
-        if clock["left"] == 0:
-            for _ in range(times):
-                signal.raise_signal(signal.SIGINT)
-        return plain(x, y)
-
-    return model, clock
-
-
-@pytest.mark.usefixtures("terminal")
-def test_ctrl_c_within_a_step_waits_for_its_end(tmp_path: Path) -> None:
-    """A half-taken step could not be resumed exactly."""
-    model, clock = interrupting(times=1)
-    density, path = Density(model, CASE.tasks), tmp_path / "run.pt"
-    whole = fit(JOINT, density, CASE.tasks)
-    clock["left"] = 5
-    with pytest.raises(KeyboardInterrupt, match="after step 5 of 10; everything done is in"):
-        fit(JOINT, density, CASE.tasks, checkpoint=path)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    resumed = fit(JOINT, density, CASE.tasks, checkpoint=path)
-    assert_same(resumed.state.state_dict(), whole.state.state_dict())
-
-
-@pytest.mark.usefixtures("terminal")
-def test_a_second_ctrl_c_does_not_wait_and_saves_no_half_step(tmp_path: Path) -> None:
-    model, clock = interrupting(times=2)
-    density, path = Density(model, CASE.tasks), tmp_path / "run.pt"
-    clock["left"] = 5
-    with pytest.raises(KeyboardInterrupt):
-        fit(JOINT, density, CASE.tasks, checkpoint=path)
-    assert not path.exists()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-@pytest.mark.usefixtures("terminal")
-def test_ctrl_c_without_a_checkpoint_is_just_that() -> None:
-    with pytest.raises(KeyboardInterrupt) as caught:
-        run(on_step=stop_at(2))
-    assert str(caught.value) == ""
-
-
-def test_a_users_own_handler_is_respected() -> None:
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        run(on_step=lambda step, info: signal.raise_signal(signal.SIGINT))
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 # -- checkpoints ----------------------------------------------------------------------------------
