@@ -51,7 +51,7 @@ format: venv ## sort imports and format
 	$(BIN)/ruff format .
 
 test-arviz1: .venv-arviz1/.installed ## export and evidence with ArviZ 1.x (PYTHON_ARVIZ1=python3.12+)
-	OMP_NUM_THREADS=1 .venv-arviz1/bin/python -m pytest tests/test_export.py \
+	OMP_NUM_THREADS=1 .venv-arviz1/bin/python -m pytest tests/test_export*.py \
 		tests/test_evidence.py $(PYTEST_ARGS)
 
 .venv-arviz1/.installed: pyproject.toml constraints.txt
