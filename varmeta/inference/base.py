@@ -314,8 +314,8 @@ def non_finite_gradient(step: int) -> str:
     )
 
 
-def decayed(rate: float, step: int, steps: int) -> float:
-    """Cosine decay of a learning rate from `rate` to 0."""
+def decayed(rate: float, step: float, steps: float) -> float:
+    """Cosine decay of a learning rate from `rate` to 0 over so many steps."""
     return 0.5 * rate * (1 + math.cos(math.pi * min(step, steps) / steps))
 
 

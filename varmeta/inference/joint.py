@@ -9,7 +9,6 @@ al., 2021, Large-Scale Meta-Learning with Continual Trajectory Shifting).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -274,8 +273,8 @@ class JointVariational(Strategy):
         if self.resets is None:
             return rows.new_full((len(batch.index),), decayed(self.learning_rate, step, self.steps))
         turns = range(self.resets.turns)
-        phases = rows.new_tensor([self.resets.phase(step, self.steps, task) for task in turns])
-        each = 0.5 * self.learning_rate * (1 + (math.pi * phases).cos())
+        phases = [self.resets.phase(step, self.steps, task) for task in turns]
+        each = rows.new_tensor([decayed(self.learning_rate, phase, 1) for phase in phases])
         return each[batch.index.to(rows.device) % len(turns)]
 
     def _points(self, q: GaussianQ, generator: torch.Generator) -> Tensor | None:
