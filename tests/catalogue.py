@@ -10,9 +10,12 @@ from varmeta import (
     FOMAML,
     IMAML,
     MAML,
+    SGD,
     Adam,
     AmortisedVariational,
+    BismutElworthyLi,
     CompletePooling,
+    EvolutionStrategies,
     GradientDescent,
     Implicit,
     JointVariational,
@@ -22,10 +25,14 @@ from varmeta import (
     MetaSGD,
     NoPooling,
     OneStep,
+    Pathwise,
+    PersistentES,
     PyroNUTS,
     PyroSVI,
+    RandomRestarts,
     Reptile,
     Reset,
+    Score,
     Stochastic,
     Strategy,
     Unrolled,
@@ -101,14 +108,41 @@ CATALOGUE = {
         JointVariational(expectation="cubature", shift=True, steps=8, adapt_steps=8), separate=True
     ),
     "joint delta": Entry(JointVariational(q="delta", steps=8, adapt_steps=8), separate=True),
-    "stochastic": Entry(Stochastic(Langevin(run_length=5), steps=4, draws=20)),
-    "stochastic score": Entry(
-        Stochastic(Langevin(run_length=5), estimator="score", steps=4, draws=20)
+    "stochastic": Entry(Stochastic(Langevin(run_length=5), steps=4, draws=20), separate=True),
+    "stochastic pathwise": Entry(
+        Stochastic(Langevin(run_length=5), Pathwise(), steps=4, draws=20), separate=True
+    ),
+    "stochastic score, antithetic": Entry(
+        Stochastic(Langevin(run_length=5), Score(), antithetic=True, steps=4, draws=20),
+        separate=True,
+    ),
+    "stochastic Bismut": Entry(
+        Stochastic(
+            Langevin(run_length=5, momentum=0.5), BismutElworthyLi(), steps=4, draws=20, thin=2
+        ),
+        separate=True,
+    ),
+    "stochastic, two at once": Entry(
+        Stochastic(Langevin(run_length=5), steps=4, draws=20, tasks_at_once=2), separate=True
     ),
     "sgd": Entry(
+        Stochastic(SGD(run_length=5, step_size=0.01, batch_rows=2), steps=4, draws=20),
+        separate=True,
+    ),
+    "sgd, evolution strategies": Entry(
         Stochastic(
-            Langevin(run_length=5, step_size=0.01, temperature=0.0, batch_rows=2), steps=4, draws=20
-        )
+            SGD(run_length=5, step_size=0.01, batch_rows=2, replacement=True),
+            EvolutionStrategies(),
+            steps=4,
+            draws=20,
+        ),
+        separate=True,
+    ),
+    "restarts, persistent evolution": Entry(
+        Stochastic(
+            RandomRestarts(run_length=5, step_size=0.01), PersistentES(windows=2), steps=4, draws=20
+        ),
+        separate=True,
     ),
     "no pooling": Entry(NoPooling(steps=8, adapt_steps=8)),
     "complete pooling": Entry(CompletePooling(draws=20), separate=True),

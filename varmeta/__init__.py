@@ -17,7 +17,11 @@ from varmeta.inference.amortised import (
 )
 from varmeta.inference.base import NonFiniteLoss, Strategy
 from varmeta.inference.check import GradientCheck, check_gradient
+from varmeta.inference.descent import SGD, Langevin, RandomDescent, RandomRestarts
+from varmeta.inference.estimators import BismutElworthyLi, Pathwise, Score
+from varmeta.inference.evolution import EvolutionStrategies, PersistentES
 from varmeta.inference.fit import Fit, fit
+from varmeta.inference.gated import CurvatureGated
 from varmeta.inference.imaml import IMAML
 from varmeta.inference.joint import JointVariational
 from varmeta.inference.lbfgs import LBFGS
@@ -33,7 +37,7 @@ from varmeta.inference.pooling import CompletePooling, NoPooling
 from varmeta.inference.prox import Detached, Implicit, OneStep, Unrolled, prox
 from varmeta.inference.reachability import reachability_gap
 from varmeta.inference.resets import Reset
-from varmeta.inference.stochastic import Langevin, Stochastic
+from varmeta.inference.stochastic import Stochastic, meta_gradient
 from varmeta.inference.svi import PyroSVI
 from varmeta.models import Density, GaussianPrior, hierarchy
 from varmeta.posterior import TaskPosterior
@@ -49,14 +53,18 @@ __all__ = [
     "LBFGS",
     "MAML",
     "MINRES",
+    "SGD",
     "Adam",
     "AmortisedVariational",
+    "BismutElworthyLi",
     "Cholesky",
     "Comparison",
     "CompletePooling",
+    "CurvatureGated",
     "Density",
     "Detached",
     "Evidence",
+    "EvolutionStrategies",
     "Fit",
     "GaussianPrior",
     "GradientCheck",
@@ -74,10 +82,15 @@ __all__ = [
     "NonFiniteLoss",
     "Nystrom",
     "OneStep",
+    "Pathwise",
+    "PersistentES",
     "PyroNUTS",
     "PyroSVI",
+    "RandomDescent",
+    "RandomRestarts",
     "Reptile",
     "Reset",
+    "Score",
     "Stochastic",
     "Strategy",
     "TaskPosterior",
@@ -92,6 +105,7 @@ __all__ = [
     "hierarchy",
     "laplace_evidence",
     "loo",
+    "meta_gradient",
     "prox",
     "reachability_gap",
     "to_arviz",

@@ -17,6 +17,7 @@ from varmeta.comparison import compare as run_comparison
 from varmeta.inference.abml import ABML
 from varmeta.inference.amortised import AmortisedVariational, LaplaceEvidence
 from varmeta.inference.base import Strategy
+from varmeta.inference.estimators import Score
 from varmeta.inference.imaml import IMAML
 from varmeta.inference.joint import JointVariational
 from varmeta.inference.maml import FOMAML, MAML, MetaSGD, Reptile
@@ -43,7 +44,7 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "joint-delta": lambda: JointVariational(q="delta"),
     "joint-full": lambda: JointVariational(q="full"),
     "stochastic": Stochastic,
-    "stochastic-score": lambda: Stochastic(estimator="score", particles=8),
+    "stochastic-score": lambda: Stochastic(estimator=Score(), particles=8),
     "nuts": PyroNUTS,
     "svi": PyroSVI,
     "no-pooling": NoPooling,

@@ -23,12 +23,12 @@ from varmeta.inference.base import Strategy
 from varmeta.inference.check_findings import EXACT, OWN, WIDE, Evidence, conclude
 from varmeta.inference.check_references import (
     InnerProblem,
-    Point,
     compare_blocks,
     differences,
     directions,
     loss_gradient,
 )
+from varmeta.inference.point import Point
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.tasks import Tasks

@@ -19,6 +19,7 @@ from varmeta.inference.laplace import MAX_DIM, hessian
 from varmeta.inference.linear import CG
 from varmeta.inference.minimise import FirstOrder, Minimiser
 from varmeta.inference.newton import NewtonCG
+from varmeta.inference.point import Point
 from varmeta.inference.prox import Unrolled, prox
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
@@ -31,63 +32,6 @@ _RANDOM = 8  # else along so many directions in each block
 _MOST_STEPS = 500  # to unroll; each is kept
 _LEAP = 0.05  # prior standard deviations that θ* cannot move along a branch within one difference
 _MARGIN = 1e-3  # a block's error is relative to at least this share of the whole gradient
-
-
-@dataclass(frozen=True, eq=False)
-class Point:
-    """Prior and φ, and the blocks of x around them.
-
-    `units` are by block, in the block's shape.
-    """
-
-    prior: GaussianPrior
-    shared: Tensor
-    units: dict[str, Tensor]
-
-    @classmethod
-    def of(cls, density: Density, prior: GaussianPrior, shared: Tensor) -> Point:
-        """θ0 and the factor in prior standard deviations, φ in those of its own prior."""
-        scale = prior.scale.detach()
-        units = {"loc": scale, "log_scale": torch.ones_like(prior.log_scale)}
-        if prior.factor is not None:
-            units["factor"] = scale[:, None].expand_as(prior.factor)
-        if len(shared):
-            units["shared"] = density.shared_scale.to(shared)
-        factor = None if prior.factor is None else prior.factor.detach()
-        prior = prior.moved(prior.loc.detach(), prior.log_scale.detach(), factor)
-        return cls(prior, shared.detach(), units)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of θ0."""
-        return self.prior.loc.dtype
-
-    def to(self, dtype: torch.dtype) -> Point:
-        """In another data type."""
-        prior = self.prior
-        factor = None if prior.factor is None else prior.factor.to(dtype)
-        moved = prior.moved(prior.loc.to(dtype), prior.log_scale.to(dtype), factor)
-        units = {name: u.to(dtype) for name, u in self.units.items()}
-        return Point(moved, self.shared.to(dtype), units)
-
-    def zeros(self) -> Tensor:
-        """x at this point."""
-        return self.prior.loc.new_zeros(sum(u.numel() for u in self.units.values()))
-
-    def split(self, x: Tensor) -> dict[str, Tensor]:
-        """x `[..., n]` by block, `[..., size]`."""
-        sizes = [u.numel() for u in self.units.values()]
-        return dict(zip(self.units, x.split(sizes, -1), strict=True))
-
-    def moved(self, x: Tensor) -> tuple[GaussianPrior, Tensor]:
-        """Prior and φ at x, differentiable in it."""
-        moves = {name: u * self.units[name].flatten() for name, u in self.split(x).items()}
-        prior, factor = self.prior, self.prior.factor
-        if factor is not None:
-            factor = factor + moves["factor"].reshape(factor.shape)
-        shared = self.shared + moves["shared"] if "shared" in moves else self.shared
-        moved = prior.moved(prior.loc + moves["loc"], prior.log_scale + moves["log_scale"], factor)
-        return moved, shared
 
 
 def directions(point: Point, seed: int) -> Tensor:

@@ -1,160 +1,137 @@
 """Meta-learning through a random algorithm: E over where it lands, not one point.
 
-Objective: Σ_i E_{θ ∼ Alg(f_i, θ0)} g_i(θ), with Alg anchored Langevin dynamics
-x_{t+1} = x_t − P∇E_i(x_t) + √(2τP) ξ_t from x_0 = θ0, E_i = f_i + ½(θ−θ0)ᵀΛ(θ−θ0). θ0 acts on it in
-two ways: it moves each minimum, and it changes how often each is found (Huszár, inference.vc,
-2019). Both estimators of the gradient here are unbiased for both: pathwise differentiates through
-the run; the score function weights each run's log-probability by its loss (Williams, 1992), less
-the mean loss of the task's other particles (a leave-one-out baseline, which keeps it unbiased).
+Objective: Σ_i E_{θ ∼ Alg(f_i, θ0)} g_i(θ), with Alg a `RandomDescent`. θ0 acts on it in two ways:
+it moves each minimum, and it changes how often each is found (Huszár, inference.vc, 2019). The
+estimators of its gradient are in `estimators.py`.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from varmeta.inference.base import Batch, State
-from varmeta.inference.laplace import MAX_DIM, hessian
+from varmeta.inference.chain import Chain
+from varmeta.inference.descent import Langevin, RandomDescent
+from varmeta.inference.estimators import Estimate, Estimator, Pathwise
+from varmeta.inference.gated import CurvatureGated
 from varmeta.inference.metagradient import MetaGradient
+from varmeta.inference.point import Point
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import Draws, TaskPosterior
 from varmeta.tasks import Tasks
 
 
-@dataclass(frozen=True)
-class Langevin:
-    """Anchored Langevin dynamics, or anchored minibatch SGD with or without injected noise.
+def default_estimator(algorithm: RandomDescent) -> Estimator:
+    """What suits an algorithm.
+
+    `CurvatureGated` where every step injects noise: the smallest variance where there are several
+    minima, and `Pathwise`'s where there is one. `Pathwise` without noise: no transition has a
+    density then, but the law of rows and starts does not depend on θ0.
+    """
+    return CurvatureGated() if algorithm.always_noisy else Pathwise()
+
+
+def meta_gradient(
+    density: Density,
+    prior: GaussianPrior,
+    tasks: Tasks,
+    *,
+    algorithm: RandomDescent,
+    estimator: Estimator | None = None,
+    shared: Tensor | None = None,
+    particles: int = 100,
+    antithetic: bool = False,
+    seed: int = 0,
+) -> MetaGradientEstimate:
+    """∇E_{θ∼Alg(f_i, θ0)} g_i(θ) for each task, with standard errors.
+
+    Args:
+        density: the model.
+        prior: the anchor N(θ0, Σ).
+        tasks: f_i is the support part's, g_i the query part's negative log-likelihood; both are all
+            rows where the tasks are not split.
+        algorithm: the random algorithm.
+        estimator: of the gradient; None for `default_estimator(algorithm)`.
+        shared: φ `[P]`; where it starts if None.
+        particles: S, runs for each task.
+        antithetic: run s + S/2 has the opposite normal numbers of run s.
+        seed: of the runs.
+
+    Raises:
+        ValueError: an estimator that does not work with this algorithm or so many particles.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def wells(x, y=None):  # two minima, at θ = ±√y
+        ...     theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        ...     with pyro.plate("rows", x.shape[0]):
+        ...         return pyro.sample("y", dist.Normal(theta**2, 0.5), obs=y)
+        >>> tasks = Tasks.from_list([(torch.zeros(1, 1), torch.tensor([1.0]))])
+        >>> prior = GaussianPrior.create(torch.tensor([0.3]), 1.0)
+        >>> algorithm = Langevin(run_length=50, step_size=0.03)
+        >>> g = meta_gradient(Density(wells, tasks), prior, tasks, algorithm=algorithm)
+        >>> g.estimator.name, tuple(g.mean["loc"].shape)
+        ('CurvatureGated', (1, 1))
+    """
+    estimator = estimator or default_estimator(algorithm)
+    estimator.check(algorithm, particles, antithetic)
+    shared = density.shared_init if shared is None else shared
+    point = Point.of(density, prior, shared)
+    chain = Chain(algorithm, density, point, tasks.support, particles, seed, antithetic)
+
+    def loss(theta: Tensor, phi: Tensor) -> Tensor:
+        return density.negative_log_likelihood(theta, tasks.query, phi)
+
+    return MetaGradientEstimate(estimator.estimate(chain, loss), point, estimator, chain.gradients)
+
+
+@dataclass(frozen=True, eq=False)
+class MetaGradientEstimate:
+    """What `meta_gradient` found.
 
     Attributes:
-        run_length: steps of a run.
-        step_size: one number for all coordinates, units of θ² per nat (P = step_size · I); None for
-            P_i = 0.2 |∇²E_i(θ0)|⁻¹, the curvature at the start, so that every task moves at its own
-            pace. P belongs to the algorithm: no gradient is taken of it. Finite steps widen the
-            stationary law: by a factor 1/(1 − step·curvature/2) in variance, 1.11 at the default.
-        temperature: τ; 1 samples the posterior, 0 is plain gradient descent.
-        batch_rows: rows of each task used in a step, drawn anew without replacement and rescaled;
-            None for all.
+        estimate: particle by particle, in units of the prior.
+        point: where.
+        estimator: that was used.
+        gradients: gradient evaluations of each task's loss.
     """
 
-    run_length: int = 25
-    step_size: float | None = None
-    temperature: float = 1.0
-    batch_rows: int | None = None
+    estimate: Estimate
+    point: Point
+    estimator: Estimator
+    gradients: int
 
-    def __post_init__(self) -> None:
-        if self.run_length < 1 or (self.step_size is not None and self.step_size <= 0):
-            raise ValueError(
-                f"run_length and step_size must be positive, got {self.run_length} and "
-                f"{self.step_size}"
+    @property
+    def losses(self) -> Tensor:
+        """`[S, T]`, g_i where each run ended, nats."""
+        return self.estimate.losses
+
+    @property
+    def ends(self) -> Tensor:
+        """`[S, T, D]`, where each run ended."""
+        return self.estimate.ends
+
+    @property
+    def mean(self) -> dict[str, Tensor]:
+        """In `loc` `[T, D]`, `log_scale` `[T, M]`, `shared` `[T, P]`; nats per unit of each."""
+        return self._natural(self.estimate.mean)
+
+    @property
+    def standard_error(self) -> dict[str, Tensor]:
+        """Of `mean`."""
+        return self._natural(self.estimate.standard_error)
+
+    def _natural(self, x: Tensor) -> dict[str, Tensor]:
+        return {
+            name: (part / self.point.units[name].flatten()).unflatten(
+                -1, self.point.units[name].shape
             )
-        if self.temperature < 0:
-            raise ValueError(f"temperature must not be negative, got {self.temperature}")
-
-    def run(
-        self,
-        density: Density,
-        prior: GaussianPrior,
-        shared: Tensor,
-        tasks: Tasks,
-        particles: int,
-        generator: torch.Generator,
-        *,
-        through: bool = False,
-        score: bool = False,
-    ) -> tuple[Tensor, Tensor]:
-        """`particles` independent runs for each of T tasks.
-
-        Args:
-            density: the model; f_i is the sum over all rows of `tasks`.
-            prior: the anchor, N(θ0, Σ).
-            shared: φ `[P]`.
-            tasks: T tasks.
-            particles: S.
-            generator: of the noise and of the minibatches.
-            through: keep the graph through the run (pathwise).
-            score: return the runs' log-probabilities with their derivative.
-
-        Returns:
-            Ends `[S, T, D]`, and `[S, T]` whose value is 0 and whose derivative in θ0, the scales
-            and φ is that of the log-probability of the run (zeros unless `score`).
-        """
-        root = self._root(density, prior, shared, tasks)
-        start = prior.loc.expand(particles, len(tasks), -1)
-        x = start if through or score else start.detach()
-        log_prob = x.new_zeros(particles, len(tasks))
-        like: Any = {"generator": generator, "dtype": x.dtype, "device": x.device}
-        for t in range(self.run_length):
-            if t and not through:
-                x = x.detach()
-            grad = self._gradient(density, prior, shared, tasks, x, generator, through or score)
-            noise = torch.randn(*x.shape, **like)
-            spread = math.sqrt(2 * self.temperature)
-            move = root.T(grad)
-            if score:
-                # d log N(x_{t+1}; x_t − R Rᵀ∇E, 2τ R Rᵀ) = ξ_tᵀ d(R⁻¹x_t − Rᵀ∇E)/√(2τ); from t = 1
-                # on x_t is what it was.
-                mean = root.inverse(x) - move if t == 0 else -move
-                term = (noise * mean).sum(-1) / spread
-                log_prob = log_prob + term - term.detach()
-            x = x - root(move) + spread * root(noise)
-        return (x if through else x.detach()), log_prob
-
-    def _root(self, density: Density, prior: GaussianPrior, shared: Tensor, tasks: Tasks) -> _Root:
-        """R with R Rᵀ = P."""
-        if self.step_size is not None:
-            values = prior.loc.detach().new_full((len(tasks), density.dim), 1 / self.step_size)
-            eye = torch.eye(density.dim, dtype=values.dtype, device=values.device)
-            return _Root(values.sqrt(), eye.expand(len(tasks), -1, -1))
-        if density.dim > MAX_DIM:
-            raise ValueError(
-                f"step_size=None needs the dense curvature, and θ has {density.dim} coordinates "
-                f"(limit {MAX_DIM}); give Langevin a step_size"
-            )
-
-        def energy(theta: Tensor) -> Tensor:
-            loss = density.negative_log_likelihood(theta, tasks, shared.detach())
-            return loss + prior.penalty(theta)
-
-        start = prior.loc.detach().expand(len(tasks), -1)
-        values, vectors = torch.linalg.eigh(hessian(energy, start).detach())
-        floor = 1e-6 * values.abs().amax(-1, keepdim=True)
-        return _Root((values.abs().clamp(min=floor) / 0.2).sqrt(), vectors)
-
-    def _gradient(
-        self,
-        density: Density,
-        prior: GaussianPrior,
-        shared: Tensor,
-        tasks: Tasks,
-        x: Tensor,
-        generator: torch.Generator,
-        create_graph: bool,
-    ) -> Tensor:
-        with torch.enable_grad():
-            if not x.requires_grad:
-                x = x.detach().requires_grad_()
-            rows = -density.log_likelihood(x, tasks, shared)
-            if self.batch_rows is not None:
-                rows = rows * self._row_weights(tasks, len(x), generator).to(rows)
-            energy = rows.sum(-1) + prior.penalty(x)
-            return torch.autograd.grad(energy.sum(), x, create_graph=create_graph)[0]
-
-    def _row_weights(self, tasks: Tasks, particles: int, generator: torch.Generator) -> Tensor:
-        """`[S, T, N]`: n_i/b on b rows drawn without replacement, 0 on the others."""
-        assert self.batch_rows is not None
-        mask = tasks.mask
-        noise = torch.full((particles, *mask.shape), 2.0, device=mask.device)
-        noise[:, mask] = torch.rand(
-            particles, int(mask.sum()), generator=generator, device=mask.device
-        )
-        rank = noise.argsort(-1).argsort(-1)
-        size = tasks.num_rows.clamp(max=self.batch_rows)[:, None]
-        return (rank < size) * (tasks.num_rows[:, None] / size)
+            for name, part in self.point.split(x).items()
+        }
 
 
 @dataclass(frozen=True)
@@ -163,51 +140,58 @@ class Stochastic(MetaGradient):
 
     Attributes:
         algorithm: where a task's particles go.
-        estimator: `"pathwise"` (through the run; low variance while runs are short and the flow
-            contracts, none at all to speak of once it expands) or `"score"` (needs a temperature
-            above 0; its variance grows with the run length but not with the curvature).
-        particles: runs per task and meta-step; at least 2 for the score function's baseline.
-        draws: particles per task when adapting.
+        estimator: of the gradient; None for what suits the algorithm, `default_estimator`. `name`
+            says which.
+        particles: S, runs per task and meta-step.
+        antithetic: runs come in pairs with opposite noise.
+        draws: of each task's posterior when adapting.
+        chains: how the draws are grouped for ArviZ; divides them.
+        thin: None: draws are where independent runs end, so that their R-hat is 1 and their ESS
+            their number. A number: each chain is one run that goes on after its end, a draw every
+            so many steps, and R-hat says whether runs with different seeds find the same minima.
 
-    The other attributes are those of `MetaGradient`; each part of a batch (`tasks_at_once`) draws
-    its own noise.
+    The other attributes are those of `MetaGradient`.
 
     Raises:
-        ValueError: the score function without noise or without a second particle.
+        ValueError: an estimator that does not work with this algorithm or so many particles; chains
+            that do not divide the draws.
     """
 
     steps: int = field(default=100, kw_only=True)
     learning_rate: float = field(default=0.1, kw_only=True)
-    algorithm: Langevin = field(default_factory=Langevin)
-    estimator: Literal["pathwise", "score"] = "pathwise"
+    algorithm: RandomDescent = field(default_factory=Langevin)
+    estimator: Estimator | None = None
     particles: int = 4
+    antithetic: bool = False
     draws: int = 500
+    chains: int = 4
+    thin: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.estimator not in ("pathwise", "score"):
-            raise ValueError(f"estimator must be 'pathwise' or 'score', got {self.estimator!r}")
-        if self.estimator == "score" and self.algorithm.temperature == 0:
+        self.chosen.check(self.algorithm, self.particles, self.antithetic)
+        if self.draws < 1 or self.chains < 1 or self.draws % self.chains:
             raise ValueError(
-                "estimator='score' differentiates the probability of the noise, and the "
-                "algorithm's temperature is 0: raise it, or use 'pathwise'"
+                f"chains must divide draws, got {self.chains} chains for {self.draws} draws"
             )
-        if self.particles < (2 if self.estimator == "score" else 1):
-            raise ValueError(
-                f"particles must be at least 2 for the score function's leave-one-out baseline "
-                f"(1 for pathwise), got {self.particles}"
-            )
+        if self.thin is not None and self.thin < 1:
+            raise ValueError(f"thin must be at least 1 or None, got {self.thin}")
+
+    @property
+    def chosen(self) -> Estimator:
+        """The estimator that is used."""
+        return self.estimator or default_estimator(self.algorithm)
 
     @property
     def kept_vectors(self) -> int:
-        """See `MetaGradient.kept_vectors`: pathwise keeps every step of every particle."""
-        length = self.algorithm.run_length if self.estimator == "pathwise" else 1
-        return super().kept_vectors + self.particles * length
+        """See `MetaGradient.kept_vectors`."""
+        each = self.chosen.kept_vectors(self.algorithm.run_length)
+        return super().kept_vectors + self.particles * each
 
     @property
     def name(self) -> str:
-        """`Stochastic`, with the estimator unless it is pathwise."""
-        return "Stochastic" + (" (score)" if self.estimator == "score" else "")
+        """`Stochastic`, with the estimator unless it is the default."""
+        return "Stochastic" if self.estimator is None else f"Stochastic ({self.estimator.name})"
 
     def losses(
         self,
@@ -216,47 +200,54 @@ class Stochastic(MetaGradient):
         shared: Tensor,
         tasks: Tasks,
         generator: torch.Generator,
-    ) -> tuple[Tensor, Tensor]:
-        """E_{θ∼Alg} g_i(θ) per task, nats, `[T]`, with an unbiased derivative.
+    ) -> tuple[Tensor, MetaGradientEstimate]:
+        """E_{θ∼Alg} g_i(θ) per task, nats, `[T]`, with the estimated derivative; and all of it."""
+        return self._losses(density, prior, shared, tasks, _seed(generator))
 
-        The second result is the particles' standard deviation of g_i, `[T]`.
-        """
-        pathwise = self.estimator == "pathwise"
-        ends, log_prob = self.algorithm.run(
+    def _losses(
+        self, density: Density, prior: GaussianPrior, shared: Tensor, tasks: Tasks, seed: int
+    ) -> tuple[Tensor, MetaGradientEstimate]:
+        result = meta_gradient(
             density,
             prior,
-            shared,
-            tasks.support,
-            self.particles,
-            generator,
-            through=pathwise,
-            score=not pathwise,
+            tasks,
+            algorithm=self.algorithm,
+            estimator=self.chosen,
+            shared=shared,
+            particles=self.particles,
+            antithetic=self.antithetic,
+            seed=seed,
         )
-        g = density.negative_log_likelihood(ends, tasks.query, shared)
-        if not pathwise:
-            others = (g.detach().sum(0) - g.detach()) / (self.particles - 1)
-            g = g + (g.detach() - others) * log_prob
-        return g.mean(0), g.detach().std(0, correction=0)
+        x = result.point.at(prior, shared)  # 0, with the way back to prior and φ
+        return result.losses.mean(0) + result.estimate.mean @ x, result
 
     def task_losses(
         self, density: Density, state: State, batch: Batch, generator: torch.Generator
     ) -> tuple[Tensor, _Runs]:
         """See `losses`."""
         prior, shared = state.meta.prior, state.meta.shared
-        losses, spread = self.losses(density, prior, shared, batch.tasks, generator)
-        # A run costs one gradient a step, and its derivative two more (a second-order product).
-        per_task = self.particles * (3 * self.algorithm.run_length + 1)
-        if self.algorithm.step_size is None:
-            per_task += 2 * density.dim
-        return losses, _Runs(per_task, spread)
+        # Not a draw: all parts of a batch have this seed, and each task its own stream of it.
+        seed = generator.initial_seed()
+        losses, result = self._losses(density, prior, shared, batch.tasks, seed)
+        return losses, _Runs(result.gradients, result.losses.std(0, correction=0))
 
     def adapt(
         self, density: Density, state: State, tasks: Tasks, generator: torch.Generator
     ) -> TaskPosterior:
-        """Where `draws` independent runs of the algorithm end."""
+        """Where runs of the algorithm end, or pass after their end (`thin`)."""
         prior, shared = state.meta.fixed()
-        ends, _ = self.algorithm.run(density, prior, shared, tasks, self.draws, generator)
-        return Draws(density, tasks.names, shared, ends)
+        point = Point.of(density, prior, shared)
+        runs = self.draws if self.thin is None else self.chains
+        chain = Chain(self.algorithm, density, point, tasks, runs, _seed(generator))
+        if self.thin is None:
+            draws = chain.run()
+        else:
+            draws = chain.path(self.draws // self.chains, self.thin).flatten(0, 1)
+        return Draws(density, tasks.names, shared, draws, num_chains=self.chains)
+
+
+def _seed(generator: torch.Generator) -> int:
+    return int(torch.randint(2**62, (), generator=generator, device=generator.device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,22 +259,3 @@ class _Runs:
 
     def stats(self) -> dict[str, Tensor]:
         return {"query_loss_sd": self.spread}
-
-
-@dataclass(frozen=True, eq=False)
-class _Root:
-    """R = V diag(1/s) per task, applied to `[S, T, D]`; `s`: `[T, D]`, `vectors`: `[T, D, D]`."""
-
-    s: Tensor
-    vectors: Tensor
-
-    def __call__(self, v: Tensor) -> Tensor:
-        return torch.einsum("tij,stj->sti", self.vectors, v / self.s)
-
-    def T(self, v: Tensor) -> Tensor:
-        """Rᵀv."""
-        return torch.einsum("tji,stj->sti", self.vectors, v) / self.s
-
-    def inverse(self, v: Tensor) -> Tensor:
-        """R⁻¹v."""
-        return torch.einsum("tji,stj->sti", self.vectors, v) * self.s

@@ -174,7 +174,7 @@ class GaussianPrior:
     @property
     def scale(self) -> Tensor:
         """`[D]`, standard deviation of each coordinate without the low-rank part."""
-        return self.log_scale.exp()[self.groups]
+        return self.log_scale.exp()[..., self.groups]
 
     def precision_mv(self, v: Tensor) -> Tensor:
         """Λv for v of shape `[..., D]`; Woodbury where there is a low-rank part."""
@@ -250,9 +250,9 @@ def precision_mv(v: Tensor, scale: Tensor, factor: Tensor | None = None) -> Tens
     inverse = scale**-2
     out = v * inverse
     if factor is not None:
-        right = (out @ factor)[..., None]
-        inner = torch.cholesky_solve(right, _capacitance(scale, factor))[..., 0]
-        out = out - (inner @ factor.T) * inverse
+        right = factor.mT @ out[..., None]
+        inner = torch.cholesky_solve(right, _capacitance(scale, factor))
+        out = out - (factor @ inner)[..., 0] * inverse
     return out
 
 

@@ -1,0 +1,106 @@
+"""Random algorithms: where a task's parameters go from θ0, as a law rather than a point.
+
+All are one chain on E_i = f_i + ½(θ−θ0)ᵀΛ(θ−θ0): noisy gradient descent
+x_{t+1} = x_t + μ(x_t − x_{t−1}) − P∇E_i(x_t) + √(2τ_t P) ξ_t, with a random start, random rows and
+injected noise each optional. `varmeta.inference.chain` runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RandomDescent:
+    """Noisy gradient descent anchored at θ0; `Langevin`, `SGD`, `RandomRestarts` are cases of it.
+
+    Attributes:
+        run_length: steps of a run, K.
+        step_size: one number for all coordinates, units of θ² per nat (P = step_size · I); None for
+            P_i = 0.2 |∇²E_i(θ0)|⁻¹, the curvature at the start, so that every task moves at its own
+            pace (up to 200 coordinates). P belongs to the algorithm: no gradient is taken of it.
+            Finite steps widen the stationary law: by a factor 1/(1 − step·curvature/2) in variance,
+            1.11 at the default.
+        temperature: τ of the injected noise; 1 samples the posterior, 0 injects none. Several
+            numbers are a schedule, one for each step: `numpy.geomspace(4, 1, 25)`.
+        momentum: μ of the heavy ball, in [0, 1).
+        batch_rows: rows of each task used in a step, rescaled to the whole sum; None for all.
+        replacement: draw these rows with replacement; else go through all rows of a task in a
+            random order, then in another one. An epoch's last step takes what is left.
+        start_scale: begin at θ0 + start_scale · s ∘ N(0, I), s the prior's scales; 0 begins at θ0.
+
+    Raises:
+        ValueError: a number out of range, a schedule of another length.
+    """
+
+    run_length: int = 25
+    step_size: float | None = None
+    temperature: float | Sequence[float] = 0.0
+    momentum: float = 0.0
+    batch_rows: int | None = None
+    replacement: bool = False
+    start_scale: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.run_length < 1 or (self.step_size is not None and self.step_size <= 0):
+            raise ValueError(
+                f"run_length and step_size must be positive, got {self.run_length} and "
+                f"{self.step_size}"
+            )
+        if isinstance(self.temperature, Sequence) or hasattr(self.temperature, "__len__"):
+            schedule = tuple(float(t) for t in self.temperature)  # type: ignore[union-attr]
+            if len(schedule) != self.run_length:
+                raise ValueError(
+                    f"temperature has {len(schedule)} entries, wanted one number, or one for each "
+                    f"of the {self.run_length} steps"
+                )
+            object.__setattr__(self, "temperature", schedule)
+        if not min(self.temperatures) >= 0:
+            raise ValueError(f"temperature must not be negative, got {min(self.temperatures)}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
+        if self.batch_rows is not None and self.batch_rows < 1:
+            raise ValueError(f"batch_rows must be at least 1 or None, got {self.batch_rows}")
+        if not self.start_scale >= 0:
+            raise ValueError(f"start_scale must not be negative, got {self.start_scale}")
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """τ_t of each step."""
+        if isinstance(self.temperature, tuple):
+            return self.temperature
+        return (float(self.temperature),) * self.run_length  # type: ignore[arg-type]
+
+    @property
+    def always_noisy(self) -> bool:
+        """Whether every step injects noise, so that every transition has a density."""
+        return min(self.temperatures) > 0
+
+
+@dataclass(frozen=True)
+class Langevin(RandomDescent):
+    """Anchored Langevin dynamics (unadjusted): `RandomDescent` with a temperature of 1.
+
+    Source: Welling & Teh (2011) for the minibatch version; the anchor is Huszár's (2019).
+    """
+
+    temperature: float | Sequence[float] = 1.0
+
+
+@dataclass(frozen=True)
+class SGD(RandomDescent):
+    """Anchored minibatch SGD: `RandomDescent` on 8 random rows of a task at a time.
+
+    Its randomness is that of the rows, whose law does not depend on θ0; inject noise
+    (`temperature`) if an estimator needs transition densities.
+    """
+
+    batch_rows: int | None = 8
+
+
+@dataclass(frozen=True)
+class RandomRestarts(RandomDescent):
+    """Plain gradient descent from a random start: `RandomDescent` from N(θ0, Σ)."""
+
+    start_scale: float = 1.0

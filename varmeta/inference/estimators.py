@@ -1,0 +1,280 @@
+"""Estimators of ∇E_{θ∼Alg(f_i,θ0)} g_i(θ), the gradient of what a random algorithm achieves.
+
+θ0 acts on the outcome in two ways: it moves each minimum, and it changes how often each is found
+(Huszár, inference.vc, 2019). Here is one family that is unbiased for both. Of the chain
+x_{t+1} = m_t(x_t) + σ_t R ξ_t take any δ_t that depends on the past alone, with δ_0 = dx_0/dx, and
+u_t = (∂m_t/∂x_t) δ_t + ∂m_t/∂x − δ_{t+1}. Then the gradient is the expectation of
+
+    (g(x_K) − b) Σ_t u_tᵀ R⁻ᵀξ_t/σ_t + δ_Kᵀ∇g(x_K),
+
+b being the mean loss of the task's other particles. What is attached to the path by δ is
+differentiated along it, the rest u through the probability of the noise. `Pathwise` has u = 0,
+`Score` δ = 0 after the start, `BismutElworthyLi` lets δ fall linearly to 0, and `CurvatureGated`
+(in `gated.py`) follows the path where it contracts. `at_ends.py` has the estimators that look at
+the ends alone, `evolution.py` those that only evaluate.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from varmeta.inference.chain import Chain, Loss, Slope
+from varmeta.inference.descent import RandomDescent
+
+Attached = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Estimate:
+    """Losses and gradient of S particles for each of T tasks.
+
+    Attributes:
+        losses: `[S, T]`, g_i at the ends, nats.
+        each: `[S, T, n]`, each particle's contribution; their mean estimates the gradient in the
+            `Point`'s x, nats.
+        ends: `[S, T, D]`.
+        pairs: particles s and s + S/2 are not independent: only their means are.
+    """
+
+    losses: Tensor
+    each: Tensor
+    ends: Tensor
+    pairs: bool = False
+
+    @property
+    def mean(self) -> Tensor:
+        """`[T, n]`."""
+        return self.each.mean(0)
+
+    @property
+    def standard_error(self) -> Tensor:
+        """`[T, n]`, of `mean`."""
+        return standard_error(self.each, self.pairs)
+
+
+def standard_error(each: Tensor, pairs: bool = False) -> Tensor:
+    """Of a mean over the first dimension; of pairs s and s + S/2 if they depend on each other."""
+    if pairs:
+        each = each.unflatten(0, (2, -1)).mean(0)
+    return each.std(0) / math.sqrt(len(each))
+
+
+class Estimator(ABC):
+    """A way to estimate the gradient of the expected loss where a random algorithm ends."""
+
+    needs_noise: ClassVar[bool] = False  # in every step
+    unbiased: ClassVar[bool] = True
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        return type(self).__name__
+
+    @abstractmethod
+    def estimate(self, chain: Chain, loss: Loss) -> Estimate:
+        """Run the chain, and differentiate the expectation of `loss(θ, φ)`, `[S, T]` nats."""
+
+    def check(self, algorithm: RandomDescent, particles: int, antithetic: bool) -> None:
+        """Raise a ValueError if this cannot estimate the gradient of that algorithm."""
+        if self.needs_noise and not algorithm.always_noisy:
+            raise ValueError(
+                f"{self.name} differentiates the probability of injected noise, and the "
+                f"algorithm's temperature is 0 in some step: raise it, or use Pathwise() or "
+                "EvolutionStrategies()"
+            )
+        least = (4 if antithetic else 2) if self.needs_noise else 1
+        if particles < least:
+            raise ValueError(
+                f"particles must be at least {least} for the leave-one-out baseline of "
+                f"{self.name}{' with antithetic pairs' if antithetic else ''}, got {particles}"
+            )
+
+    def kept_vectors(self, run_length: int) -> int:
+        """Tensors of θ's size that one particle keeps; flat in the length of the run."""
+        return 12
+
+
+@dataclass(frozen=True)
+class Pathwise(Estimator):
+    """Differentiate the run itself (backpropagation through it): u = 0.
+
+    Works without injected noise too, the law of the rows and of a random start being independent of
+    θ0, given the start's shape. Low variance while runs are short and the flow contracts. Where it
+    expands (next to the ridge between two minima) its tail outgrows any number of samples: unbiased
+    on paper, and far off in practice.
+
+    Cost: 2 gradient evaluations and a Hessian-vector product a step. Keeps about 2√K states of a
+    run, not its graph.
+    """
+
+    def estimate(self, chain: Chain, loss: Loss) -> Estimate:
+        """See `Estimator.estimate`."""
+        length, momentum = chain.algorithm.run_length, chain.algorithm.momentum
+        every = math.isqrt(length - 1) + 1
+        theta = before = chain.start().detach()
+        marks = []
+        for t in range(length):
+            if t % every == 0:
+                marks.append((theta, before))
+            theta, before = chain.step(t, theta, before)
+        losses, v, each = chain.outside(loss, theta)
+        carried = torch.zeros_like(v)  # dL/dx_t through x_{t+2}, by the momentum
+        for mark in reversed(range(len(marks))):
+            first = mark * every
+            states = [marks[mark]]
+            for t in range(first, min(first + every, length) - 1):
+                states.append(chain.step(t, *states[-1]))
+            for t in reversed(range(first, first + len(states))):
+                along, rest = chain.linear(t, *states[t - first], curved=True).pull(v)
+                each = each + rest
+                v, carried = along + carried, -momentum * v
+        return Estimate(losses, each + chain.start_pull(v + carried), theta, chain.antithetic)
+
+    def kept_vectors(self, run_length: int) -> int:
+        """Two states at each of √K marks, and of each step between two of them."""
+        return super().kept_vectors(run_length) + 4 * math.isqrt(run_length)
+
+
+class Weighted(Estimator):
+    """The family of this file: what every choice of δ_t has in common."""
+
+    needs_noise: ClassVar[bool] = True
+
+    @abstractmethod
+    def path(self, chain: Chain) -> Path:
+        """The choice of δ_t."""
+
+    def estimate(self, chain: Chain, loss: Loss) -> Estimate:
+        """See `Estimator.estimate`."""
+        ends, weights, attached = self.weights(chain)
+        losses, along, rest = chain.outside(loss, ends)
+        centred = losses - others_mean(losses, chain.antithetic)
+        each = centred[..., None] * weights + attached(along) + rest
+        return Estimate(losses, each, ends, chain.antithetic)
+
+    def weights(self, chain: Chain) -> tuple[Tensor, Tensor, Attached]:
+        """Ends `[S, T, D]`, Σ_t u_tᵀR⁻ᵀξ_t/σ_t `[S, T, n]`, and a ↦ δ_Kᵀa."""
+        path, momentum = self.path(chain), chain.algorithm.momentum
+        theta = before = chain.start().detach()
+        delta: Attached = chain.start_pull
+        delta_before = delta  # of x_t and x_{t−1}; the start has no velocity
+        weights = theta.new_zeros(*theta.shape[:2], chain.point.size)
+        for t in range(chain.algorithm.run_length):
+            linear = chain.linear(t, theta, before, curved=t == 0 or path.curved(t))
+            noise = chain.noise.normal(t)
+            score = chain.root.inverse_T(noise) / chain.sigma(t)
+            along, rest = path.pull(linear, score)
+            weights += rest + delta(along)
+            if momentum:
+                weights -= momentum * delta_before(score)
+            after = path.advance(t, linear, along)
+            weights -= after(score)
+            delta, delta_before = after, delta
+            theta, before = linear.value + chain.sigma(t) * chain.root(noise), theta
+        return theta, weights, delta
+
+
+class Path(ABC):
+    """δ_t, step by step."""
+
+    @abstractmethod
+    def curved(self, t: int) -> bool:
+        """Whether δ_t is other than 0, so that ∂m_t/∂x_t is wanted."""
+
+    def pull(self, linear: Slope, score: Tensor) -> tuple[Tensor, Tensor]:
+        """`linear.pull(score)`, or the same by other means."""
+        return linear.pull(score)
+
+    @abstractmethod
+    def advance(self, t: int, linear: Slope, along: Tensor) -> Attached:
+        """a ↦ δ_{t+1}ᵀa, `[S, T, D]` to `[S, T, n]`.
+
+        `linear` is m_t at x_t. δ_{t+1} may not depend on ξ_t, nor on `along`, which is made of it;
+        δ_{t+2} may.
+        """
+
+
+@dataclass(frozen=True)
+class Score(Weighted):
+    """The score function, or REINFORCE (Williams 1992): δ = 0 after the start.
+
+    Needs injected noise in every step. No second derivatives, unless parameters are shared; the
+    loss need not be differentiable in θ. Its variance grows with the length of the run, and
+    diverges as the step size goes to 0.
+
+    Cost: a gradient evaluation a step.
+    """
+
+    def path(self, chain: Chain) -> Path:
+        """See `Weighted.path`."""
+        return Linearly(chain, 0)
+
+
+@dataclass(frozen=True)
+class BismutElworthyLi(Weighted):
+    """δ_t = max(0, 1 − t/S) on θ0: the noise of the first S steps takes the derivative over.
+
+    A discrete Bismut–Elworthy–Li formula (Elworthy & Li 1994, Formulae for the Derivatives of Heat
+    Semigroups). Needs injected noise in every step. Its variance does not diverge as the step size
+    goes to 0, and does not care whether the flow expands. Scales and φ, which act in every step,
+    are treated as by `Score`. With S ≤ K the loss need not be differentiable in θ, so that it also
+    differentiates the probability of a basin.
+
+    Cost: a gradient evaluation a step, and a Hessian-vector product in the first S.
+
+    Attributes:
+        horizon: S; None for the length of the run.
+    """
+
+    horizon: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.horizon is not None and self.horizon < 1:
+            raise ValueError(f"horizon must be at least 1 or None, got {self.horizon}")
+
+    def path(self, chain: Chain) -> Path:
+        """See `Weighted.path`."""
+        return Linearly(chain, self.horizon or chain.algorithm.run_length)
+
+
+@dataclass(frozen=True, eq=False)
+class Linearly(Path):
+    """δ_t = max(0, 1 − t/horizon) on θ0, 0 on all else; horizon 0: δ = 0."""
+
+    chain: Chain
+    horizon: int
+
+    def curved(self, t: int) -> bool:
+        """See `Path.curved`."""
+        return t < self.horizon
+
+    def advance(self, t: int, linear: Slope, along: Tensor) -> Attached:
+        """See `Path.advance`."""
+        left = max(0.0, 1 - (t + 1) / self.horizon) if self.horizon else 0.0
+        return lambda a: left * on_loc(self.chain, a)
+
+
+def on_loc(chain: Chain, a: Tensor) -> Tensor:
+    """aᵀ dθ0/dx: `[S, T, D]` to `[S, T, n]`."""
+    return torch.nn.functional.pad(
+        a * chain.point.units["loc"], (0, chain.point.size - a.shape[-1])
+    )
+
+
+def others_mean(values: Tensor, pairs: bool = False) -> Tensor:
+    """The mean over the other particles `[S, ...]`; of the other pairs, if they come in pairs.
+
+    A baseline must not depend on a particle's own noise, which its antithetic partner shares.
+    """
+    own = values
+    if pairs:
+        own = values.unflatten(0, (2, -1)).mean(0).repeat(2, *[1] * (values.dim() - 1))
+    count = len(values) // 2 if pairs else len(values)
+    return (values.mean(0) * count - own) / (count - 1)
