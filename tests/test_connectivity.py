@@ -1,4 +1,4 @@
-"""Mode connectivity: paths whose truth is known, the gradient that bends follow, the pictures."""
+"""Mode connectivity: paths whose truth is known, and the gradient that their bends follow."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import math
 from dataclasses import replace
 from typing import Any, get_args
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import pyro
 import pyro.distributions as dist
@@ -15,47 +13,18 @@ import pytest
 import torch
 from helpers import FLOAT, assert_close, assert_same, case_of, widened
 from linear_gaussian import LinearGaussian
+from ring_tasks import SD, constant, found, rings
 from scipy.integrate import quad
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from varmeta import Density, GaussianPrior, NonFiniteLoss, Tasks
-from varmeta.inference.connectivity import Kind, ModePath, bend_gradient, losses, mode_path, weights
+from varmeta.inference.connectivity import Kind, bend_gradient, losses, mode_path, weights
 from varmeta.inference.energy import TaskEnergy
 from varmeta.models import network
-from varmeta.report_paths import plot_mode_path, plot_mode_plane
 from varmeta.seeds import generator
 
 KINDS = get_args(Kind)
-SD = 0.1
-
-
-def ring(x: Tensor, y: Tensor | None = None) -> Tensor:
-    """y ~ N(w1² + w2², 0.1²): every point of a circle fits alike."""
-    w = pyro.sample("w", dist.Normal(torch.zeros(2, dtype=x.dtype), 1.0).to_event(1))
-    with pyro.plate("rows", len(x)):
-        return pyro.sample("y", dist.Normal((w**2).sum(), SD), obs=y)
-
-
-def rings(radii: list[float], rows: int = 1) -> tuple[Density, Tasks, Tensor, Tensor]:
-    """A ring of each radius, and two solutions on it, the task's number turned by so many rad."""
-    pairs = [
-        (torch.zeros(rows, 1, dtype=FLOAT), torch.full((rows,), r**2, dtype=FLOAT)) for r in radii
-    ]
-    tasks = Tasks.from_list(pairs, names=[f"ring {i}" for i in range(len(radii))])
-    angle, r = torch.arange(len(radii), dtype=FLOAT), torch.tensor(radii, dtype=FLOAT)[:, None]
-    a = r * torch.stack([angle.cos(), angle.sin()], -1)
-    return Density(ring, tasks), tasks, a, -a
-
-
-def found(kind: Kind = "bezier", **options: Any) -> ModePath:
-    density, tasks, a, b = rings([1.0, 0.7])
-    return mode_path(density, None, a, b, tasks, kind=kind, **{"steps": 40} | options)
-
-
-def constant(rows: int = 1) -> float:
-    """−log N(0; 0, SD²), nats, of so many rows."""
-    return rows * math.log(SD * math.sqrt(2 * math.pi))
 
 
 # -- exact truths ---------------------------------------------------------------------------------
@@ -365,63 +334,3 @@ def test_batch_norm_in_training_is_refused_and_in_evaluation_taken() -> None:
     density = Density(network(net.eval(), law), tasks)
     a, b = torch.randn(2, 2, density.dim, generator=generator(1))
     assert bool(mode_path(density, None, a, b, tasks, steps=2).path["energy"].isfinite().all())
-
-
-# -- pictures -------------------------------------------------------------------------------------
-
-
-def line_of(ax: Any, gid: str) -> np.ndarray:
-    """Every line of this name, `[lines, 2, points]`."""
-    return np.array([line.get_data() for line in ax.lines if line.get_gid() == gid])
-
-
-def test_the_picture_shows_both_losses_above_the_better_end() -> None:
-    path = found()
-    ax = plot_mode_path(path)
-    above = path.path["energy"] - path.path["energy"][[0, -1]].amin(0)
-    assert_close(line_of(ax, "each:path")[:, 1], above.T, 1e-12)
-    assert_close(line_of(ax, "median:path")[0, 1], above.median(1).values * 0 + above.mean(1), 1e-9)
-    one = plot_mode_path(path, "ring 1")
-    straight = path.line["energy"][:, 1] - path.line["energy"][[0, -1], 1].min()
-    assert_close(line_of(one, "each:line")[0], torch.stack([path.t, straight]), 1e-12)
-    assert "ring 1" in one.figure.texts[0].get_text()
-    assert one.get_ylim()[1] > float(straight.max())
-    assert not plt.get_fignums()
-
-
-def test_the_plane_holds_the_path_and_its_loss() -> None:
-    """In prior sds: the ends at 0 and |b − a|, the bend above, and the path where it is in θ."""
-    density, tasks, a, b = rings([1.0, 0.7])
-    prior = GaussianPrior.create(torch.zeros(2, dtype=FLOAT), [0.5, 2.0])
-    path = mode_path(density, prior, a, b, tasks, steps=40)
-    ax = plot_mode_plane(path, "ring 1", resolution=15)
-    scaled = (path.b - path.a)[1] / prior.scale
-    (ends,), (curve,), (bend,) = (line_of(ax, gid) for gid in ("ends", "path", "bend"))
-    assert_close(ends, [[0.0, float(scaled.norm())], [0.0, 0.0]], 1e-12)
-    distances = ((path.point(path.t)[:, 1] - path.a[1]) / prior.scale).norm(dim=-1)
-    assert_close(np.hypot(*curve), distances, 1e-9)
-    assert bend[1, 0] > 0
-    assert_close(np.hypot(*bend), ((path.bend - path.a)[1] / prior.scale).norm()[None], 1e-9)
-    assert len(ax.figure.axes) == 2  # a colour bar
-    ax.figure.canvas.draw()
-
-
-def test_a_bend_on_the_line_makes_no_plane() -> None:
-    path = found(steps=1)
-    flat = replace(path, bend=(path.a + path.b) / 2)
-    with pytest.raises(ValueError, match="task 'ring 0': the bend lies on the straight line"):
-        plot_mode_plane(flat)
-    with pytest.raises(ValueError, match="no task 'ring 7'; there are: ring 0, ring 1"):
-        plot_mode_path(path, "ring 7")
-    with pytest.raises(ValueError, match="task must lie between 0 and 1"):
-        plot_mode_plane(path, 2)
-    with pytest.raises(ValueError, match="resolution must be at least 2"):
-        plot_mode_plane(path, resolution=1)
-    with pytest.raises(ValueError, match="loss must be one of"):
-        plot_mode_path(path, loss="query")
-
-
-def test_pictures_leave_pyplot_alone() -> None:
-    before = dict(matplotlib.rcParams)
-    plot_mode_plane(found(), resolution=8)
-    assert dict(matplotlib.rcParams) == before and not plt.get_fignums()

@@ -257,7 +257,7 @@ def _levels(height: np.ndarray) -> np.ndarray:
     """Contours at 1, 2, 5, 10, …, from what is near the ends to nearly the highest, 4 to 13."""
     finite = height[np.isfinite(height)]
     high = max(float(np.quantile(finite, 0.97)), 1e-12)
-    low = max(float(np.quantile(finite, 0.02)), high / 3000)
+    low = max(float(np.quantile(finite, 0.02)), high / 300)
     decades = np.arange(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
     steps = np.array([m * 10.0**k for k in decades for m in (1, 2, 5)])
     first, last = (int(steps.searchsorted(value)) for value in (low, high))
