@@ -1,4 +1,4 @@
-"""The command line: `varmeta compare radon`, or the same with your own model and data."""
+"""The command line: `varmeta compare radon`, or with your own model and data; `varmeta figures`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from rich.progress import track
 
 from varmeta import __version__
 from varmeta.comparison import compare as run_comparison
@@ -142,6 +143,32 @@ def compare(
     typer.echo(str(result))
     files = sorted(path for path in folder.iterdir() if path.is_file())
     console.print(f"Files in {folder}/: " + ", ".join(path.name for path in files))
+
+
+@app.command()
+def figures(
+    folder: Annotated[Path, typer.Option(help="Where the pictures go.")] = Path("figures"),
+    only: Annotated[str | None, typer.Option(help="One picture, by its name.")] = None,
+    quick: Annotated[bool, typer.Option(help="Fewer tasks and points: seconds.")] = False,
+) -> None:
+    """Draw the story of the anchor, from one task's minima to meta-training with noise."""
+    from varmeta.figures import FIGURES, draw_each  # matplotlib's animations, for this alone
+
+    console = Console()
+    written = []
+    try:
+        for path in track(
+            draw_each(folder, only=only, quick=quick),
+            description="Drawing",
+            total=1 if only else len(FIGURES),
+            console=console,
+            disable=not console.is_terminal,
+        ):
+            written.append(path.name)
+    except (ValueError, OSError) as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {_plain(error)}")
+        raise typer.Exit(2) from None
+    console.print(f"Files in {folder}/: " + ", ".join(written))
 
 
 def _strategy(name: str) -> Strategy:

@@ -37,6 +37,7 @@ Array = NDArray[np.float64]
 Function = Callable[[Array], Any]
 _MOST_POINTS = 6000  # of a grid: a transition matrix of 0.3 GB
 _PANEL, _NODES = 2.0, 12  # Gauss-Legendre within a region: panels of 2 noise sds, 12 nodes each
+_LEGENDRE = np.polynomial.legendre.leggauss(_NODES)
 _ROOT = math.sqrt(2 * math.pi)
 
 
@@ -237,7 +238,7 @@ class Law:
         low, high = max(low, self.points[0] - reach), min(high, self.points[-1] + reach)
         inner = np.clip(np.asarray(edges, dtype=np.float64), low, high)
         bounds = np.concatenate([[low], inner, [high]])
-        nodes, weights = np.polynomial.legendre.leggauss(_NODES)
+        nodes, weights = _LEGENDRE
         xs, ws, first = [], [], [0]
         for left, right in pairwise(bounds):
             count = max(math.ceil((right - left) / (_PANEL * self.noise)), 1)

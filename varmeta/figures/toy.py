@@ -38,12 +38,12 @@ class Toy:
         ValueError: fields whose shapes do not fit, or limits out of order.
     """
 
-    bowl: Numbers = 0.35
-    centre: Numbers = 0.9
-    heights: Numbers = (0.8, 0.3)
-    frequencies: Numbers = (2.9, 4.7)
-    crests: Numbers = (0.15, 1.2)
-    limits: tuple[float, float] = (-5.0, 5.0)
+    bowl: Numbers = 0.3
+    centre: Numbers = 1.1
+    heights: Numbers = (0.55, 0.15)
+    frequencies: Numbers = (2.9, 4.3)
+    crests: Numbers = (0.25, 0.5)
+    limits: tuple[float, float] = (-7.0, 7.0)
 
     def __post_init__(self) -> None:
         waves = np.broadcast_shapes(*map(np.shape, (self.heights, self.frequencies, self.crests)))
@@ -114,7 +114,7 @@ def draw_tasks(
     seed: int | np.random.Generator = 0,
     like: Toy | None = None,
     spread: float = 0.5,
-    shift: float = 0.5,
+    shift: float = 0.3,
     scale: float = 0.3,
 ) -> Toy:
     """`count` random relatives of a task; the first n of them do not depend on `count`.
@@ -185,23 +185,33 @@ def descend(toy: Toy, anchors: ArrayLike, precision: float = 1.0) -> Array:
     Raises:
         ValueError: a descent leaves the toy's limits.
     """
-    start = np.broadcast_to(
-        np.asarray(anchors, dtype=np.float64), np.shape(toy.value(anchors))
-    ).copy()
+    start = np.atleast_1d(np.asarray(anchors, dtype=np.float64))
+    low, high = min(toy.limits[0], start.min()), max(toy.limits[1], start.max())
+    points = np.linspace(low, high, int(np.ceil((high - low) / _SCAN)) + 1)
+    begin, lam = start[:, None], precision * start[:, None]
+
+    def first(slopes: Array, own: Array) -> tuple[Array, Array]:
+        """Between which points descent on one task ends, `[A]` both."""
+        rises = slopes + precision * points >= lam  # [A, N]: E climbs to the right here
+        right = own < 0  # E′ at θ0, where the penalty is flat
+        ahead = np.where(right[:, None], rises & (points >= begin), ~rises & (points <= begin))
+        if not ahead.any(1).all():
+            raise ValueError(f"descent left the limits {toy.limits}; widen them")
+        n = len(points) - 1
+        stop = points[np.where(right, ahead.argmax(1), n - ahead[:, ::-1].argmax(1))]
+        step = points[1] - points[0]
+        return (
+            np.where(right, np.maximum(stop - step, start), stop),
+            np.where(right, stop, np.minimum(stop + step, start)),
+        )
 
     def uphill(x: Array) -> Array:
         return toy.slope(x) + precision * (x - start)
 
-    way = -np.sign(uphill(start))  # θ0 itself, where the penalty is flat, on a crest stays
-    near, far = start.copy(), start.copy()
-    moving = way != 0
-    while moving.any():
-        near = np.where(moving, far, near)
-        far = np.where(moving, far + _SCAN * way, far)
-        if (far < toy.limits[0] - 1).any() or (far > toy.limits[1] + 1).any():
-            raise ValueError(f"descent left the limits {toy.limits}; widen them")
-        moving &= uphill(far) * way < 0
-    return _bisect(uphill, np.minimum(near, far), np.maximum(near, far), np.bool_(True))
+    tables, own = np.atleast_2d(toy.slope(points)), np.atleast_2d(toy.slope(start))
+    ends = np.array([first(*rows) for rows in zip(tables, own, strict=True)])  # [T, 2, A]
+    near, far = ends.swapaxes(0, 1) if np.ndim(toy.bowl) else ends[0]
+    return _bisect(uphill, near, far, np.bool_(True))
 
 
 def lowest(toy: Toy, anchors: ArrayLike, precision: float = 1.0) -> Array:
@@ -232,7 +242,7 @@ def _bisect(
     rising: NDArray[np.bool_] | np.bool_,
 ) -> Array:
     """Roots of `uphill` between `low` and `high`, where it rises or falls."""
-    for _ in range(46):  # 0.01 / 2⁴⁶ is below the rounding of θ
+    for _ in range(36):  # 0.01 / 2³⁶ is about 1e-13
         middle = 0.5 * (low + high)
         beyond = (uphill(middle) >= 0) == rising
         low, high = np.where(beyond, low, middle), np.where(beyond, middle, high)
