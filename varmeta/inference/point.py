@@ -85,3 +85,10 @@ class Point:
         if prior.factor is not None and self.prior.factor is not None:
             moves["factor"] = prior.factor - self.prior.factor
         return torch.cat([(moves[name] / u).flatten() for name, u in self.units.items()])
+
+    def natural(self, gradient: Tensor) -> dict[str, Tensor]:
+        """A gradient in x `[..., n]` by block, nats per unit of each, `[..., *block's shape]`."""
+        return {
+            name: (part / self.units[name].flatten()).unflatten(-1, self.units[name].shape)
+            for name, part in self.split(gradient).items()
+        }
