@@ -1,239 +1,198 @@
-"""The random algorithm and its two estimators, against exact expectations.
-
-Statistical tests compare a mean over independent batches with the truth and allow 4.5 standard
-errors, a false-alarm rate of about 1e-5 each (Student's t with 39 degrees of freedom: 6e-5).
-"""
+"""The stochastic strategy: what it learns, what it refuses, and its posteriors in ArviZ."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 
+import arviz as az
 import numpy as np
-import pyro
-import pyro.distributions as dist
 import pytest
 import torch
-from torch import Tensor
+from random_runs import F64, exact_gradient, flat, lines, prior_at, two_wells, wells
 
-from varmeta import Density, GaussianPrior, Langevin, Stochastic, Tasks
+from varmeta import (
+    SGD,
+    BismutElworthyLi,
+    CurvatureGated,
+    Density,
+    EvolutionStrategies,
+    GaussianPrior,
+    Langevin,
+    Pathwise,
+    PersistentES,
+    Score,
+    Stochastic,
+    Tasks,
+    fit,
+    meta_gradient,
+    to_arviz,
+)
 from varmeta.seeds import generator
 
-F64 = torch.float64
-BATCHES, ERRORS = 40, 4.5
+
+def test_losses_carry_the_estimate() -> None:
+    """The strategy's surrogate: its value is the mean loss, its derivative `meta_gradient`'s."""
+    tasks, density = lines()
+    strategy = Stochastic(Langevin(run_length=6, step_size=0.03), particles=6)
+    loc = torch.tensor([0.3, -0.2, 0.5], dtype=F64, requires_grad=True)
+    log_scale = torch.zeros(2, dtype=F64, requires_grad=True)
+    shared = torch.tensor([0.4], dtype=F64, requires_grad=True)
+    prior = GaussianPrior(loc, log_scale, torch.tensor([0, 0, 1]))
+    losses, found = strategy.losses(density, prior, shared, tasks, generator(3))
+    torch.testing.assert_close(losses.detach(), found.losses.mean(0))
+    for i in range(len(tasks)):
+        grads = torch.autograd.grad(losses[i], [loc, log_scale, shared], retain_graph=True)
+        torch.testing.assert_close(torch.cat(grads), flat(found.mean)[i])
 
 
-def wells(x: Tensor, y: Tensor | None = None) -> Tensor:
-    """Rows with x = 1 see θ² (two wells at ±√y), rows with x = 0 see θ itself."""
-    theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
-    flag = x[..., 0]
-    mean = flag * theta**2 + (1 - flag) * theta
-    with pyro.plate("rows", x.shape[-2]):
-        return pyro.sample("y", dist.Normal(mean, 0.7), obs=y)
-
-
-def two_wells() -> Tasks:
-    """One task: a double well as support loss, a parabola centred on one well as query loss."""
-    x = torch.tensor([[1.0], [0.0]], dtype=F64)
-    y = torch.tensor([1.0, 1.0], dtype=F64)
-    tasks = Tasks.from_list([(x, y)])
-    return Tasks(
-        tasks.inputs, tasks.targets, tasks.mask, torch.tensor([[False, True]]), tasks.names
-    )
-
-
-def prior_at(loc: float, log_scale: float = 0.0) -> tuple[GaussianPrior, Tensor, Tensor]:
-    loc_leaf = torch.tensor([loc], dtype=F64, requires_grad=True)
-    scale_leaf = torch.tensor([log_scale], dtype=F64, requires_grad=True)
-    prior = GaussianPrior(loc_leaf, scale_leaf, torch.zeros(1, dtype=torch.long))
-    return prior, loc_leaf, scale_leaf
-
-
-def grid_expectation(loc: float, log_scale: float, algorithm: Langevin) -> float:
-    """E g(x_T) by pushing the density through a transition matrix on a fine grid."""
-    assert algorithm.step_size is not None
-    points = np.linspace(-4, 4, 1201)
-    width = points[1] - points[0]
-    variance = 2 * algorithm.step_size * algorithm.temperature
-
-    def drift(x: np.ndarray) -> np.ndarray:
-        slope = -2 * x * (1 - x**2) / 0.49 + np.exp(-2 * log_scale) * (x - loc)
-        return x - algorithm.step_size * slope
-
-    def normal(offset: np.ndarray) -> np.ndarray:
-        return np.exp(-0.5 * offset**2 / variance) / np.sqrt(2 * np.pi * variance)
-
-    density = normal(points - drift(np.array(loc)))
-    move = normal(points[:, None] - drift(points)[None, :]) * width
-    for _ in range(algorithm.run_length - 1):
-        density = move @ density
-    query = 0.5 * (1 - points) ** 2 / 0.49 + 0.5 * np.log(2 * np.pi * 0.49)
-    return float((density * query).sum() * width)
-
-
-def mean_and_error(draw: Callable[[int], Tensor]) -> tuple[Tensor, Tensor]:
-    values = torch.stack([draw(k) for k in range(BATCHES)])
-    return values.mean(0), values.std(0) / BATCHES**0.5
-
-
-@pytest.mark.parametrize("estimator", ["pathwise", "score"])
-@pytest.mark.parametrize("loc", [-0.6, 0.05, 0.8])
-def test_unbiased_in_a_double_well(estimator: str, loc: float) -> None:
-    """Both mechanisms at once: where the wells are, and how often each is found."""
-    algorithm = Langevin(run_length=25, step_size=0.03, temperature=0.3)
-    strategy = Stochastic(algorithm, estimator=estimator, particles=1000)  # type: ignore[arg-type]
-    tasks = two_wells()
-    density = Density(wells, tasks)
-
-    def draw(k: int) -> Tensor:
-        prior, *leaves = prior_at(loc)
-        loss, _ = strategy.losses(density, prior, density.shared_init, tasks, generator(0, k))
-        return torch.stack(
-            [loss.sum().detach(), *torch.cat(torch.autograd.grad(loss.sum(), leaves))]
+def test_parts_of_a_batch_add_up() -> None:
+    """Each task draws its own noise: the same gradient however the batch is split."""
+    tasks, density = lines()
+    runs = [
+        fit(
+            Stochastic(
+                SGD(run_length=4, step_size=0.03, batch_rows=1, temperature=0.5),
+                steps=3,
+                tasks_at_once=at_once,
+            ),
+            density,
+            tasks,
         )
-
-    step = 1e-4
-    exact = [
-        grid_expectation(loc, 0.0, algorithm),
-        (
-            grid_expectation(loc + step, 0.0, algorithm)
-            - grid_expectation(loc - step, 0.0, algorithm)
-        )
-        / (2 * step),
-        (grid_expectation(loc, step, algorithm) - grid_expectation(loc, -step, algorithm))
-        / (2 * step),
+        for at_once in (None, 1)
     ]
-    mean, error = mean_and_error(draw)
-    assert ((mean - torch.tensor(exact, dtype=F64)).abs() < ERRORS * error).all()
-    assert (error < 0.2).all()  # and the test is sharp enough to fail
+    for name, value in runs[0].state.meta.raw.items():
+        torch.testing.assert_close(value, runs[1].state.meta.raw[name], rtol=1e-9, atol=1e-12)
 
 
-def test_location_alone_is_not_the_gradient() -> None:
-    """The oracle sees the probability mechanism: the implicit derivative alone is far off."""
-    algorithm = Langevin(run_length=400, step_size=0.03, temperature=0.3)
-    slope = (
-        grid_expectation(0.001, 0.0, algorithm) - grid_expectation(-0.001, 0.0, algorithm)
-    ) / 0.002
-    curvature = (6 - 2) / 0.49  # f″ at a well
-    within = [(z - 1) / 0.49 / (1 + curvature) for z in (-1.0, 1.0)]
-    assert abs(slope) > 2 * max(abs(w) for w in within)
+def test_it_crosses_to_the_better_well() -> None:
+    """From the wrong well the gradient of where minima lie points nowhere; that of how often does.
+
+    θ0 starts at −0.4; the query loss wants 1.
+    """
+    tasks = two_wells(4)
+    density = Density(wells, tasks)
+    algorithm = Langevin(run_length=40, step_size=0.03, temperature=0.3)
+    strategy = Stochastic(algorithm, particles=16, steps=60, learn_scale=False)
+    learned = fit(strategy, density, tasks, prior=prior_at(-0.4, 1.0))
+    before, _ = exact_gradient(wells, -0.4, algorithm)
+    after, slope = exact_gradient(wells, float(learned.prior.loc), algorithm)
+    assert float(learned.prior.loc) > 0.3 and after < before - 1 and abs(slope[0]) < 0.5
 
 
-def test_no_temperature_is_gradient_descent_differentiated_exactly() -> None:
+def test_the_default_suits_the_algorithm_and_is_reported() -> None:
+    assert isinstance(Stochastic().chosen, CurvatureGated)
+    assert isinstance(Stochastic(SGD()).chosen, Pathwise)
+    assert isinstance(Stochastic(SGD(temperature=0.1)).chosen, CurvatureGated)
+    tasks, density = lines()
+    prior = GaussianPrior.from_density(density)
+    got = meta_gradient(density, prior, tasks, algorithm=SGD(3, 0.01), particles=2)
+    assert got.estimator.name == "Pathwise"
+    assert Stochastic().name == "Stochastic"
+    assert Stochastic(estimator=Score()).name == "Stochastic (Score)"
+
+
+def test_cost_is_counted() -> None:
+    """Gradients of a task's loss: one a step and particle, two for a Hessian-vector product."""
     tasks = two_wells()
     density = Density(wells, tasks)
-    strategy = Stochastic(
-        Langevin(run_length=15, step_size=0.05, temperature=0.0), particles=1, learn_scale=False
-    )
+    algorithm = Langevin(run_length=10, step_size=0.03)
 
-    def value(loc: float, log_scale: float) -> tuple[Tensor, list[Tensor]]:
-        prior, *leaves = prior_at(loc, log_scale)
-        loss, _ = strategy.losses(density, prior, density.shared_init, tasks, generator(0))
-        return loss.sum().detach(), list(torch.autograd.grad(loss.sum(), leaves))
-
-    _, grads = value(0.4, -0.2)
-    step = 1e-5
-    for grad, (a, b) in zip(grads, [(step, 0.0), (0.0, step)], strict=True):
-        up, down = value(0.4 + a, -0.2 + b)[0], value(0.4 - a, -0.2 - b)[0]
-        assert float(grad) == pytest.approx(float((up - down) / (2 * step)), rel=1e-8)
-
-
-def test_minibatches_against_every_sequence() -> None:
-    """Three steps on one of three rows each: 27 equally likely runs, all enumerated."""
-    x = torch.ones(3, 1, dtype=F64)
-    y = torch.tensor([0.5, 1.0, 2.0], dtype=F64)
-    tasks = Tasks.from_list([(x, y)])
-    density = Density(wells, tasks)
-    step_size, loc = 0.02, 0.7
-
-    def by_hand(loc_leaf: Tensor) -> Tensor:
-        ends = []
-        for rows in itertools.product(range(3), repeat=3):
-            theta = loc_leaf
-            for row in rows:
-                slope = -3 * 2 * theta * (y[row] - theta**2) / 0.49 + (theta - loc_leaf)
-                theta = theta - step_size * slope
-            ends.append(((y - theta**2) ** 2 / 0.98 + 0.5 * np.log(2 * np.pi * 0.49)).sum())
-        return torch.stack(ends).mean()
-
-    leaf = torch.tensor(loc, dtype=F64, requires_grad=True)
-    exact = by_hand(leaf)
-    truth = torch.stack([exact.detach(), *torch.autograd.grad(exact, leaf)])
-    strategy = Stochastic(
-        Langevin(run_length=3, step_size=step_size, temperature=0.0, batch_rows=1),
-        particles=200,
-        learn_scale=False,
-    )
-
-    def draw(k: int) -> Tensor:
-        prior, loc_leaf, _ = prior_at(loc)
-        loss, _ = strategy.losses(density, prior, density.shared_init, tasks, generator(1, k))
-        return torch.stack([loss.sum().detach(), *torch.autograd.grad(loss.sum(), loc_leaf)[0]])
-
-    mean, error = mean_and_error(draw)
-    assert ((mean - truth).abs() < ERRORS * error).all()
-    assert (error < 0.05 * truth.abs()).all()
-
-
-def line(x: Tensor, y: Tensor | None = None) -> Tensor:
-    w = pyro.sample("w", dist.Normal(torch.zeros(2, dtype=F64), 1.0).to_event(1))
-    with pyro.plate("rows", x.shape[-2]):
-        return pyro.sample("y", dist.Normal(x @ w, 0.5), obs=y)
-
-
-def test_stationary_law_on_a_quadratic() -> None:
-    """Mean of the posterior; covariance widened by the 1/(1 − 0.2/2) that the docstring states."""
-    torch_rng = generator(3)
-    x = torch.randn(2, 6, 2, generator=torch_rng, dtype=F64)
-    y = torch.randn(2, 6, generator=torch_rng, dtype=F64)
-    tasks = Tasks.from_list([(x[0], y[0]), (x[1, :3], y[1, :3])])
-    density = Density(line, tasks)
-    prior = GaussianPrior.create(torch.tensor([0.3, -0.2], dtype=F64), [0.8, 1.5])
-    count = 40_000
-    ends, _ = Langevin(run_length=60).run(
-        density, prior, density.shared_init, tasks, count, generator(4)
-    )
-    for i, rows in enumerate((6, 3)):
-        design = x[i, :rows]
-        precision = design.T @ design / 0.25 + prior.precision()
-        mean = torch.linalg.solve(
-            precision, design.T @ y[i, :rows] / 0.25 + prior.precision() @ prior.loc
+    def cost(estimator: object) -> float:
+        got = meta_gradient(
+            density,
+            prior_at(0.1),
+            tasks,
+            algorithm=algorithm,
+            estimator=estimator,  # type: ignore[arg-type]
+            particles=6,
         )
-        cov = torch.linalg.inv(precision) / 0.9
-        sd = cov.diagonal().sqrt()
-        assert ((ends[:, i].mean(0) - mean).abs() < ERRORS * sd / count**0.5).all()
-        got = torch.cov(ends[:, i].T)
-        tolerance = ERRORS * torch.sqrt((cov**2 + sd[:, None] ** 2 * sd**2) / count)
-        assert ((got - cov).abs() < tolerance).all()
+        return got.gradients / 6
+
+    assert cost(Score()) == 10 + 2 + 1  # a product at the start, and g
+    assert cost(BismutElworthyLi()) == 10 * 3 + 1
+    assert cost(CurvatureGated()) == 10 * 3 + 1
+    # There and back: 7 of the 10 states between marks are found again.
+    assert cost(Pathwise()) == 10 + 7 + 10 * 3 + 1
+    assert cost(EvolutionStrategies()) == 10 + 2
 
 
-def test_wide_theta_needs_a_step_size() -> None:
-    def model(x: Tensor, y: Tensor | None = None) -> Tensor:
-        w = pyro.sample("w", dist.Normal(torch.zeros(300, dtype=F64), 1.0).to_event(1))
-        with pyro.plate("rows", x.shape[-2]):
-            return pyro.sample("y", dist.Normal(x[..., 0] * w.sum(), 1.0), obs=y)
-
-    tasks = Tasks.from_list([(torch.ones(2, 1, dtype=F64), torch.ones(2, dtype=F64))])
-    density = Density(model, tasks)
-    prior = GaussianPrior.from_density(density)
-    with pytest.raises(ValueError, match=r"300 coordinates .*give Langevin a step_size"):
-        Langevin().run(density, prior, density.shared_init, tasks, 1, generator(0))
-    ends, _ = Langevin(step_size=1e-4).run(
-        density, prior, density.shared_init, tasks, 2, generator(0)
+@pytest.mark.parametrize("thin", [None, 3])
+def test_chains_in_arviz(thin: int | None) -> None:
+    """Chains are seeds. Ends of independent runs mix by construction; so do runs in one well."""
+    tasks, density = lines()
+    strategy = Stochastic(
+        Langevin(run_length=30, step_size=0.1), steps=2, draws=400, chains=4, thin=thin
     )
-    assert ends.shape == (2, 1, 300)
+    result = fit(strategy, density, tasks)
+    data = to_arviz(result)
+    assert dict(data.posterior.sizes)["chain"] == 4 and dict(data.posterior.sizes)["draw"] == 100
+    summary = az.summary(data, var_names=["w"])
+    assert (summary["r_hat"] < 1.1).all()
+    most = summary["ess_bulk"].max()
+    assert most > 250 if thin is None else 20 < most < 400
+
+
+def test_r_hat_sees_runs_in_different_wells() -> None:
+    """Cold runs that go on stay in the well that they found: R-hat says so, as it should."""
+    tasks = two_wells(2)
+    density = Density(wells, tasks)
+    cold = Langevin(run_length=40, step_size=0.02, temperature=0.05)
+    strategy = Stochastic(cold, steps=1, draws=400, chains=8, thin=2, learn_scale=False)
+    result = fit(strategy, density, tasks, prior=prior_at(0.0, 1.0))
+    posterior = result.adapt(tasks.support)
+    summary = az.summary(to_arviz(result, tasks, posterior=posterior), var_names=["theta"])
+    assert (summary["r_hat"] > 1.1).all() and summary["r_hat"].max() > 1.5
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Stochastic(estimator="reinforce"), "'pathwise' or 'score', got 'reinforce'"),
-        (lambda: Stochastic(Langevin(temperature=0.0), estimator="score"), "temperature is 0"),
-        (lambda: Stochastic(estimator="score", particles=1), "at least 2 .* got 1"),
-        (lambda: Langevin(temperature=-1.0), "temperature must not be negative, got -1.0"),
-        (lambda: Langevin(step_size=0.0), "must be positive, got 25 and 0.0"),
+        (lambda: Stochastic(SGD(), Score()), "Score differentiates .* temperature is 0 in some"),
+        (lambda: Stochastic(SGD(), CurvatureGated()), "CurvatureGated .* or use Pathwise"),
+        (lambda: Stochastic(estimator=Score(), particles=1), "at least 2 .* Score, got 1"),
+        (
+            lambda: Stochastic(estimator=Score(), particles=2, antithetic=True),
+            "at least 4 .* with antithetic pairs, got 2",
+        ),
+        (lambda: Stochastic(estimator=EvolutionStrategies(), particles=3), "must be even, got 3"),
+        (lambda: Stochastic(draws=10, chains=3), "chains must divide draws, got 3 .* 10 draws"),
+        (lambda: Stochastic(thin=0), "thin must be at least 1 or None, got 0"),
+        (lambda: BismutElworthyLi(0), "horizon must be at least 1 or None, got 0"),
+        (lambda: CurvatureGated(0), "rank must be at least 1 or None, got 0"),
+        (lambda: CurvatureGated(slowest=0.0), "slowest must be positive, got 0.0"),
+        (lambda: EvolutionStrategies(0.0), "width must be positive, got 0.0"),
+        (lambda: PersistentES(windows=0), "windows must be at least 1, got 0"),
+        (
+            lambda: Stochastic(Langevin(3), PersistentES(windows=4)),
+            "windows is 4, and a run has 3 steps",
+        ),
     ],
 )
 def test_bad_settings(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_odd_antithetic_particles_are_refused() -> None:
+    tasks, density = lines()
+    prior = GaussianPrior.from_density(density)
+    with pytest.raises(ValueError, match="antithetic particles come in pairs, got 5"):
+        meta_gradient(
+            density,
+            prior,
+            tasks,
+            algorithm=Langevin(3, step_size=0.01),
+            particles=5,
+            antithetic=True,
+        )
+
+
+def test_a_task_without_support_rows_runs_on_the_prior_alone() -> None:
+    """A fold of a one-row task: the law is the prior's own Ornstein–Uhlenbeck process."""
+    tasks = Tasks.from_list([(torch.zeros(1, 1, dtype=F64), torch.ones(1, dtype=F64))]).folds(2)
+    density = Density(wells, tasks)
+    algorithm = SGD(run_length=20, step_size=0.3, batch_rows=2, temperature=1.0)
+    got = meta_gradient(density, prior_at(0.5), tasks, algorithm=algorithm, particles=20_000)
+    assert abs(float(got.ends.mean()) - 0.5) < 4.5 * float(got.ends.std()) / 20_000**0.5
+    variance = 1 / (1 - 0.3 / 2)  # of a stationary chain with this step
+    assert float(got.ends.var()) == pytest.approx(variance, abs=4.5 * variance * np.sqrt(2 / 2e4))

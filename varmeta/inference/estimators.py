@@ -110,7 +110,7 @@ class Pathwise(Estimator):
     expands (next to the ridge between two minima) its tail outgrows any number of samples: unbiased
     on paper, and far off in practice.
 
-    Cost: 2 gradient evaluations and a Hessian-vector product a step. Keeps about 2√K states of a
+    Cost: 3 gradient evaluations and a Hessian-vector product a step. Keeps about 2√K states of a
     run, not its graph.
     """
 

@@ -92,7 +92,7 @@ class Gated(Path):
                 self.basis = _orthonormal(_deviating(self.basis, turned))
         self.rest = like.new_ones(size)
         self.inside = self._onto_basis()
-        self._before = torch.zeros_like(self.inside)
+        self._before, self._rest_before = self.inside, self.rest  # no velocity at the start
 
     def curved(self, t: int) -> bool:
         """Always."""
@@ -125,7 +125,8 @@ class Gated(Path):
         if self.rank < chain.density.dim:
             rate = self.mean_rate
             rest = rest if rate is None else rate.clamp(min=0, max=1) * rest + anchor
-            rest = rest.clamp(max=1)
+            rest = (rest + momentum * (self.rest - self._rest_before)).clamp(min=0, max=1)
+            self._rest_before = self.rest
             self.mean_rate = self._outside_rate(t, along, matrix)
             basis = _orthonormal(_deviating(self.basis, turned))
             # The same δ, seen from the new subspace.
