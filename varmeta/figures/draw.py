@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ FIGURES: dict[str, Callable[..., Figure | Movie]] = {  # in the order of the sto
     "mechanisms": mechanisms,
     "gradients": gradients,
     "training": training,
+    "training_cold": partial(training, count=20, temperature=0.05, points=49),
 }
 _QUICK: dict[str, dict[str, Any]] = {
     "moving_anchor": {"frames": 6},
@@ -37,8 +39,9 @@ _QUICK: dict[str, dict[str, Any]] = {
     "smooth_but": {"count": 40, "points": 300},
     "stochastic_objective": {"points": 31, "run_length": 30},
     "mechanisms": {"points": 41, "run_length": 30},
-    "gradients": {"run_length": 30, "points": 35},
+    "gradients": {"run_length": 30, "points": 25},
     "training": {"run_length": 30, "steps": 500},
+    "training_cold": {"run_length": 20, "steps": 500, "count": 2, "points": 25},
 }
 _SHARED, _TASKS, _POINTS = ("gradients", "training"), 30, 69  # these two read one table
 
@@ -63,7 +66,7 @@ def draw_each(
             continue
         options = dict(_QUICK.get(name, {})) if quick else {}
         if name in _SHARED:
-            count, points = (4, 35) if quick else (_TASKS, _POINTS)
+            count, points = (3, 25) if quick else (_TASKS, _POINTS)
             if table is None:
                 tasks, at = draw_tasks(count, 0, toy), np.linspace(*SPAN, points)
                 chain = {"run_length": options["run_length"]} if quick else {}

@@ -36,7 +36,7 @@ from scipy.special import ndtr
 Array = NDArray[np.float64]
 Function = Callable[[Array], Any]
 _MOST_POINTS = 6000  # of a grid: a transition matrix of 0.3 GB
-_PANEL, _NODES = 2.0, 12  # Gauss-Legendre within a region: panels of 2 noise sds, 12 nodes each
+_PANEL, _NODES = 2.0, 10  # Gauss-Legendre within a region: panels of 2 noise sds, 10 nodes each
 _LEGENDRE = np.polynomial.legendre.leggauss(_NODES)
 _ROOT = math.sqrt(2 * math.pi)
 
@@ -234,7 +234,8 @@ class Law:
         A region's edge cuts the density, so that a sum over the grid would be off by a spacing.
         """
         reach = 9 * self.noise
-        low, high = self.centres.min() - reach, self.centres.max() + reach
+        alive = self.centres[self.weights > 1e-20]
+        low, high = alive.min() - reach, alive.max() + reach
         low, high = max(low, self.points[0] - reach), min(high, self.points[-1] + reach)
         inner = np.clip(np.asarray(edges, dtype=np.float64), low, high)
         bounds = np.concatenate([[low], inner, [high]])

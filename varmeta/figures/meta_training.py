@@ -137,8 +137,9 @@ def training(
     reach = float(np.ptp(table.value))
     arrived = {name: loss < runs.best + 0.02 * reach for name, loss in runs.losses.items()}
     counts = ", ".join(f"{name} {int(ok.sum())}" for name, ok in arrived.items())
+    heat = f", at τ = {temperature:g}" if isinstance(temperature, float) else ""
     fig, axes = stage(
-        "Which gradient gets θ0 to where learning ends well",
+        "Which gradient gets θ0 to where learning ends well" + heat,
         f"{steps} steps of gradient descent on θ0 from each of {starts} starts. Top: the expected "
         "loss, starts (rings) and ends (dots). Below: θ0 by step. Of the runs, these end within "
         f"2% of the objective's range of its lowest point: {counts}.",

@@ -23,7 +23,7 @@ from varmeta.figures.style import (
     say,
     stage,
 )
-from varmeta.figures.toy import Array, Toy, descend, implicit_slope, lowest
+from varmeta.figures.toy import Array, Toy, descend, implicit_slope, lowest, stationary
 from varmeta.report_style import DASHES, INK, MUTED
 
 SPAN = (-3.4, 3.4)  # of θ0, and of θ, in the pictures
@@ -61,7 +61,7 @@ def jumps(
 def anchor(
     toy: Toy | None = None,
     *,
-    at: float = -0.45,
+    at: float = 0.1,
     precision: float = 1.0,
     span: tuple[float, float] = SPAN,
 ) -> Figure:
@@ -98,11 +98,18 @@ def anchor(
     say(ax, at - nudge, low + room, "anchor θ0", PENALTY, ha=away, fontweight="bold")
     say(ax, star + nudge, low + room, "learned θ*", STAR, ha=other, fontweight="bold")
     top = high - 0.08 * (high - low)
-    inside = np.flatnonzero(f + penalty < top)
-    say(ax, x[inside[0]] - 0.1, top, "sum E", SUM, ha="right", va="top", fontsize=15)
+    crests = stationary(toy, at, precision)[1]
+    if len(crests):  # the name rests on a crest of E, or else leans on its left branch
+        place = float(crests[np.argmin(np.abs(crests - at))])
+        over = float(toy.value(place)) + 0.5 * precision * (place - at) ** 2
+        say(ax, place, over + 0.04 * (high - low), "sum E", SUM, ha="center", fontsize=15)
+    else:
+        left = x[np.flatnonzero(f + penalty < top)[0]]
+        say(ax, left - 0.1, top, "sum E", SUM, ha="right", va="top", fontsize=15)
     inside = np.flatnonzero(penalty < top)
     say(ax, x[inside[-1]] + 0.1, top, "penalty", PENALTY, va="top", fontsize=15)
-    say(ax, x[-40], f[-40] + 0.12, "loss f", LOSS, ha="right", va="bottom", fontsize=15)
+    clear = min(float(f[-120:].max()), top) + 0.03 * (high - low)
+    say(ax, x[-8], clear, "loss f", LOSS, ha="right", va="bottom", fontsize=15)
     return fig
 
 
@@ -110,7 +117,7 @@ def moving_anchor(
     toy: Toy | None = None,
     *,
     precision: float = 1.0,
-    frames: int = 60,
+    frames: int = 48,
     span: tuple[float, float] = SPAN,
 ) -> Movie:
     """The same while θ0 goes from one end of `span` to the other, with θ*(θ0) drawn below.

@@ -190,8 +190,8 @@ def mechanisms(
     fig, axes = stage(
         "θ0 moves what is found, and changes how often",
         f"Top: the law of the result against θ0 (darker: likelier), with the minima that it can "
-        f"end in. Below: the gradient of the expected loss. Moving minima are {share:.0%} of it "
-        "in mean size; the rest is probability, which iMAML leaves out.",
+        f"end in. Below: the gradient of the expected loss. How often each basin "
+        f"is found makes up {1 - share:.0%} of it in mean size, and iMAML leaves that out.",
         2,
         height=7.0,
         sharex=True,
@@ -220,12 +220,12 @@ def mechanisms(
     place = 0.0
     for text, colour in (
         ("total", INK),
-        ("= where the minima are", LOCATION),
+        ("= where each basin's results lie", LOCATION),
         ("+ how often each is found", PROBABILITY),
     ):
         look = {"transform": below.transAxes, "fontsize": 14, "fontweight": "bold"}
         say(below, place, 1.03, text, colour, **look)
-        place += 0.0165 * (len(text) + 1)
+        place += 0.0127 * len(text) + 0.025
     return fig
 
 

@@ -38,7 +38,7 @@ def stage(
     """A figure of 10 inches, 13 or more for three columns, and its panels `[rows, columns]`."""
     width = 10.0 if columns < 3 else 14.0
     title = textwrap.fill(title, int(width * 6.6))
-    note = textwrap.fill(note, int(width * 9.6))
+    note = textwrap.fill(note, int(width * 10.8))
     head = 0.36 + 0.3 * (1 + title.count("\n")) + 0.24 * (note.count("\n") + 1)
     total = height + head
     layout = ConstrainedLayoutEngine(
