@@ -16,6 +16,7 @@ from varmeta import (
     BismutElworthyLi,
     CompletePooling,
     EvolutionStrategies,
+    GatedPathwise,
     GradientDescent,
     Implicit,
     JointVariational,
@@ -111,6 +112,10 @@ CATALOGUE = {
     "stochastic": Entry(Stochastic(Langevin(run_length=5), steps=4, draws=20), separate=True),
     "stochastic pathwise": Entry(
         Stochastic(Langevin(run_length=5), Pathwise(), steps=4, draws=20), separate=True
+    ),
+    "stochastic gated path": Entry(
+        Stochastic(Langevin(run_length=5, momentum=0.3), GatedPathwise(), steps=4, draws=20),
+        separate=True,
     ),
     "stochastic score, antithetic": Entry(
         Stochastic(Langevin(run_length=5), Score(), antithetic=True, steps=4, draws=20),

@@ -22,6 +22,7 @@ from varmeta.inference.estimators import BismutElworthyLi, Pathwise, Score
 from varmeta.inference.evolution import EvolutionStrategies, PersistentES
 from varmeta.inference.fit import Fit, fit
 from varmeta.inference.gated import CurvatureGated
+from varmeta.inference.gated_path import GatedPathwise
 from varmeta.inference.imaml import IMAML
 from varmeta.inference.joint import JointVariational
 from varmeta.inference.lbfgs import LBFGS
@@ -66,6 +67,7 @@ __all__ = [
     "Evidence",
     "EvolutionStrategies",
     "Fit",
+    "GatedPathwise",
     "GaussianPrior",
     "GradientCheck",
     "GradientDescent",

@@ -9,9 +9,9 @@ u_t = (∂m_t/∂x_t) δ_t + ∂m_t/∂x − δ_{t+1}. Then the gradient is the 
 
 b being the mean loss of the task's other particles. What is attached to the path by δ is
 differentiated along it, the rest u through the probability of the noise. `Pathwise` has u = 0,
-`Score` δ = 0 after the start, `BismutElworthyLi` lets δ fall linearly to 0, and `CurvatureGated`
-(in `gated.py`) follows the path where it contracts. `at_ends.py` has the estimators that look at
-the ends alone, `evolution.py` those that only evaluate.
+`Score` δ = 0 after the start, `BismutElworthyLi` lets δ fall linearly to 0; `CurvatureGated`
+(`gated.py`) and `GatedPathwise` (`gated_path.py`) follow the path where it contracts. `at_ends.py`
+has the estimators that look at the ends alone, `evolution.py` those that only evaluate.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from varmeta.inference.chain import Chain, Loss, Slope
 from varmeta.inference.descent import RandomDescent
 
 Attached = Callable[[Tensor], Tensor]
+State = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,27 +119,44 @@ class Pathwise(Estimator):
         """See `Estimator.estimate`."""
         length, momentum = chain.algorithm.run_length, chain.algorithm.momentum
         every = math.isqrt(length - 1) + 1
-        theta = before = chain.start().detach()
-        marks = []
+        state, marks = self.begin(chain), []
         for t in range(length):
             if t % every == 0:
-                marks.append((theta, before))
-            theta, before = chain.step(t, theta, before)
-        losses, v, each = chain.outside(loss, theta)
+                marks.append(state)
+            state, _ = self.step(chain, t, state)
+        losses, v, each = chain.outside(loss, state[0])
         carried = torch.zeros_like(v)  # dL/dx_t through x_{t+2}, by the momentum
-        for mark in reversed(range(len(marks))):
-            first = mark * every
-            states = [marks[mark]]
-            for t in range(first, min(first + every, length) - 1):
-                states.append(chain.step(t, *states[-1]))
+        for first in reversed(range(0, length, every)):
+            states, seen, now = [], [], marks.pop()
+            for t in range(first, min(first + every, length)):
+                states.append(now)
+                now, what = self.step(chain, t, now)
+                seen.append(what)
             for t in reversed(range(first, first + len(states))):
-                along, rest = chain.linear(t, *states[t - first], curved=True).pull(v)
+                theta, before, *_ = states.pop()
+                linear = chain.linear(t, theta, before, curved=True)
+                along, rest = self.back(chain, linear, v, losses, seen.pop())
                 each = each + rest
                 v, carried = along + carried, -momentum * v
-        return Estimate(losses, each + chain.start_pull(v + carried), theta, chain.antithetic)
+        return Estimate(losses, each + chain.start_pull(v + carried), state[0], chain.antithetic)
+
+    def begin(self, chain: Chain) -> State:
+        """x_0, x_{−1} = x_0, and what else the way forward carries."""
+        start = chain.start().detach()
+        return start, start
+
+    def step(self, chain: Chain, t: int, state: State) -> tuple[State, Any]:
+        """The next state, and what the way back needs to know of this step."""
+        return chain.step(t, state[0], state[1]), None
+
+    def back(
+        self, chain: Chain, linear: Slope, v: Tensor, losses: Tensor, seen: Any
+    ) -> tuple[Tensor, Tensor]:
+        """From dL/dx_{t+1} to dL/dx_t and this step's share of dL/dx."""
+        return linear.pull(v)
 
     def kept_vectors(self, run_length: int) -> int:
-        """Two states at each of √K marks, and of each step between two of them."""
+        """Two states at each of √K marks, and at each step between two of them."""
         return super().kept_vectors(run_length) + 4 * math.isqrt(run_length)
 
 

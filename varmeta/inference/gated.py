@@ -85,11 +85,11 @@ class Gated(Path):
             eye = torch.eye(dim, dtype=like.dtype, device=like.device)
             self.basis = eye[:, None, None].expand(dim, *size, dim)
         else:
-            self.basis = _orthonormal(chain.noise.other(self.rank, chain.particles, dim))
+            self.basis = orthonormal(chain.noise.other(self.rank, chain.particles, dim))
             start = chain.linear(0, chain.start(), chain.start(), curved=True)
             for _ in range(_WARM_UP):
                 turned = torch.stack([self._turned(start, v)[0] for v in self.basis])
-                self.basis = _orthonormal(_deviating(self.basis, turned))
+                self.basis = orthonormal(_deviating(self.basis, turned))
         self.rest = like.new_ones(size)
         self.inside = self._onto_basis()
         self._before, self._rest_before = self.inside, self.rest  # no velocity at the start
@@ -114,10 +114,10 @@ class Gated(Path):
         """See `Path.advance`."""
         chain, momentum = self.chain, self.chain.algorithm.momentum
         turned, direct = self._pulled
-        matrix = _inner(self.basis, turned) - momentum * _eye(self.basis)
+        matrix = inner(self.basis, turned) - momentum * _eye(self.basis)
         matrix = 0.5 * (matrix + matrix.mT)
-        anchor = self._prior_rate()
-        gated = self._gate(matrix, 1 - self.slowest * anchor)
+        anchor = prior_rate(chain)
+        gated = gate(matrix, 1 - self.slowest * anchor)
         after = gated @ self.inside + direct
         if momentum:
             after = after + momentum * (self.inside - self._before)
@@ -128,9 +128,9 @@ class Gated(Path):
             rest = (rest + momentum * (self.rest - self._rest_before)).clamp(min=0, max=1)
             self._rest_before = self.rest
             self.mean_rate = self._outside_rate(t, along, matrix)
-            basis = _orthonormal(_deviating(self.basis, turned))
+            basis = orthonormal(_deviating(self.basis, turned))
             # The same δ, seen from the new subspace.
-            overlap = _inner(basis, self.basis)
+            overlap = inner(basis, self.basis)
             old = self._onto_basis()
             self.basis = basis
             outside = self._onto_basis() - overlap @ old
@@ -163,23 +163,6 @@ class Gated(Path):
         each = [on_loc(self.chain, self.chain.root.inverse_T(v)) for v in self.basis]
         return torch.stack(each, dim=-2)
 
-    def _gate(self, matrix: Tensor, most: Tensor) -> Tensor:
-        """The same eigenvectors, no eigenvalue above `most` `[T]` in size."""
-        most = most[:, None]
-        if matrix.shape[-1] == 1:
-            return matrix.clamp(-most[..., None], most[..., None])
-        values, vectors = torch.linalg.eigh(matrix)
-        values = torch.maximum(torch.minimum(values, most), -most)
-        return (vectors * values[..., None, :]) @ vectors.mT
-
-    def _prior_rate(self) -> Tensor:
-        """Mean eigenvalue of RᵀΛR, `[T]`: how fast the prior alone contracts."""
-        root, precision = self.chain.root, self.chain.point.prior.scale**-2
-        if root.vectors is None:
-            return (precision / root.s**2).mean(-1).expand(len(self.chain.tasks))
-        turned = torch.einsum("tji,j->ti", root.vectors**2, precision)
-        return (turned / root.s**2).mean(-1)
-
     def _outside_rate(self, t: int, along: Tensor, matrix: Tensor) -> Tensor:
         """ξᵀAξ/ξᵀξ outside V, of this step's own ξ, `[S, T]`."""
         chain = self.chain
@@ -192,7 +175,26 @@ class Gated(Path):
         return product / ((noise**2).sum(-1) - (within**2).sum(-1))
 
 
-def _inner(left: Tensor, right: Tensor) -> Tensor:
+def gate(matrix: Tensor, most: Tensor) -> Tensor:
+    """`[S, T, k, k]`, the same eigenvectors, no eigenvalue above `most` `[T]` in size."""
+    most = most[:, None]
+    if matrix.shape[-1] == 1:
+        return matrix.clamp(-most[..., None], most[..., None])
+    values, vectors = torch.linalg.eigh(matrix)
+    values = torch.maximum(torch.minimum(values, most), -most)
+    return (vectors * values[..., None, :]) @ vectors.mT
+
+
+def prior_rate(chain: Chain) -> Tensor:
+    """Mean eigenvalue of RᵀΛR, `[T]`: how fast the prior alone contracts."""
+    root, precision = chain.root, chain.point.prior.scale**-2
+    if root.vectors is None:
+        return (precision / root.s**2).mean(-1).expand(len(chain.tasks))
+    turned = torch.einsum("tji,j->ti", root.vectors**2, precision)
+    return (turned / root.s**2).mean(-1)
+
+
+def inner(left: Tensor, right: Tensor) -> Tensor:
     """LᵀR of two `[k, S, T, D]`: `[S, T, k, k]`."""
     return torch.einsum("ksti,lsti->stkl", left, right)
 
@@ -210,10 +212,10 @@ def _deviating(basis: Tensor, turned: Tensor) -> Tensor:
     return turned - basis
 
 
-def _orthonormal(vectors: Tensor) -> Tensor:
+def orthonormal(vectors: Tensor) -> Tensor:
     """`[k, S, T, D]`, orthonormal with the same span, by Cholesky, twice for the rounding."""
     for _ in range(2):
-        gram = _inner(vectors, vectors)
+        gram = inner(vectors, vectors)
         diagonal = gram.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
         eps = torch.finfo(gram.dtype).eps * diagonal + torch.finfo(gram.dtype).tiny
         lower = torch.linalg.cholesky_ex(gram + eps * _eye(vectors)).L
