@@ -201,6 +201,13 @@ def test_the_areas_of_the_mechanisms_stack_up_to_the_total() -> None:
                 # Those below zero hang: their far edge lies lower than their near one.
                 heights[k] += np.ptp(here)
         assert heights == pytest.approx(np.abs(getattr(found, name)), abs=1e-9)
+    areas = artists(figure, "location") + artists(figure, "probability")
+    edges = np.concatenate([area.get_paths()[0].vertices for area in areas])
+    parts = np.stack([found.location, found.probability])
+    for k, at in enumerate(x):
+        here = edges[np.isclose(edges[:, 0], at), 1]
+        assert here.max() == pytest.approx(np.maximum(parts[:, k], 0).sum(), abs=1e-9)
+        assert here.min() == pytest.approx(np.minimum(parts[:, k], 0).sum(), abs=1e-9)
     assert np.abs(found.probability).max() > 0.1 and np.abs(found.location).max() > 0.1
 
 
