@@ -11,7 +11,7 @@ from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 
 _COLLAPSED = 0.01  # of the scale at the start
-_LOOSE = 0.1  # relative residual or gradient above which a derivative is called inexact
+LOOSE = 0.1  # relative residual or gradient above which a derivative is called inexact
 
 # Diagnostic, where it is bad, and what to say of so many tasks.
 _FINDINGS: tuple[tuple[str, Callable[[Tensor], Tensor], str], ...] = (
@@ -22,7 +22,7 @@ _FINDINGS: tuple[tuple[str, Callable[[Tensor], Tensor], str], ...] = (
     ),
     (
         "grad_reduction",
-        lambda value: value > _LOOSE,
+        lambda value: value > LOOSE,
         "{} kept more than a tenth of the first gradient's norm after the fixed inner budget, and "
         "an implicit derivative is only as exact as that is small: raise max_iterations or the "
         "step size, or use NewtonCG",
@@ -36,7 +36,7 @@ _FINDINGS: tuple[tuple[str, Callable[[Tensor], Tensor], str], ...] = (
     ),
     (
         "residual",
-        lambda value: value > _LOOSE,
+        lambda value: value > LOOSE,
         "{} ended the implicit solve with a relative residual above a tenth: raise the solver's "
         "max_iterations",
     ),

@@ -68,7 +68,8 @@ def descend(chain: Chain, ends: Tensor, minimiser: Minimiser | None = None) -> D
     chain.gradients += len(ends) * (found.gradients + 2 * solution.products + 1)
     done = torch.ones_like(found.grad_norm, dtype=torch.bool)
     converged = done if found.converged is None else found.converged
-    _warn(~converged, "did not converge: raise the minimiser's max_iterations", tasks)
+    advice = "raise the minimiser's max_iterations, or the algorithm's step_size is too large"
+    _warn(~converged, f"did not converge: {advice}", tasks)
     saddle = solution.negative_curvature
     _warn(converged & saddle, "ended at a saddle: start elsewhere, or inject noise", tasks)
     shaped = (v.unflatten(0, size) for v in (found.theta, found.at.value, converged, saddle))
@@ -91,6 +92,10 @@ class Partition:
         """`[S, T, ...]` to `[K, T, ...]`: of each basin's lowest particle; basin 0 for none."""
         index = torch.where(self.first < 0, self.first[0], self.first)
         return values[index, torch.arange(index.shape[1], device=index.device)]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """`[K, T, ...]` to `[S, T, ...]`: to each particle its basin's."""
+        return values[self.labels, torch.arange(values.shape[1], device=values.device)]
 
 
 def partition(chain: Chain, descent: Descent, radius: float = RADIUS) -> Partition:
