@@ -80,14 +80,21 @@ def test_it_crosses_to_the_better_well() -> None:
     assert float(learned.prior.loc) > 0.3 and after < before - 1 and abs(slope[0]) < 0.5
 
 
-def test_the_default_suits_the_algorithm_and_is_reported() -> None:
-    assert isinstance(Stochastic().chosen, CurvatureGated)
-    assert isinstance(Stochastic(SGD()).chosen, Pathwise)
-    assert isinstance(Stochastic(SGD(temperature=0.1)).chosen, CurvatureGated)
+def test_the_default_suits_the_algorithm_and_is_reported(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert isinstance(Stochastic().estimator_for(2), CurvatureGated)
+    assert isinstance(Stochastic().estimator_for(9), GatedPathwise)
+    assert isinstance(Stochastic(SGD()).estimator_for(9), Pathwise)
+    assert isinstance(Stochastic(SGD(temperature=0.1)).estimator_for(2), CurvatureGated)
     tasks, density = lines()
     prior = GaussianPrior.from_density(density)
     got = meta_gradient(density, prior, tasks, algorithm=SGD(3, 0.01), particles=2)
     assert got.estimator.name == "Pathwise"
+    with caplog.at_level("INFO", logger="varmeta"):
+        fit(Stochastic(Langevin(2), steps=1), density, tasks)
+    assert "Stochastic: the estimator for Langevin(run_length=2" in caplog.text
+    assert "is CurvatureGated(rank=None" in caplog.text
     assert Stochastic().name == "Stochastic"
     assert Stochastic(estimator=Score()).name == "Stochastic (Score)"
 

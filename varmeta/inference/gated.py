@@ -10,6 +10,7 @@ from torch import Tensor
 from varmeta.inference.chain import Chain, Slope
 from varmeta.inference.estimators import Attached, Path, Weighted, on_loc
 
+FULL = 8  # coordinates up to which the gate sees all of the curvature
 _WARM_UP = 3  # power iterations before the first step: the subspace is only followed after that
 
 
@@ -47,7 +48,7 @@ class CurvatureGated(Weighted):
     def path(self, chain: Chain) -> Path:
         """See `Weighted.path`."""
         dim = chain.density.dim
-        default = dim if dim <= 8 else 4
+        default = dim if dim <= FULL else 4
         return Gated(chain, min(self.rank or default, dim), self.slowest)
 
     def kept_vectors(self, run_length: int) -> int:

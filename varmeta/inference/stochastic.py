@@ -7,6 +7,7 @@ estimators of its gradient are in `estimators.py`.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
 import torch
@@ -16,23 +17,29 @@ from varmeta.inference.base import Batch, State
 from varmeta.inference.chain import Chain
 from varmeta.inference.descent import Langevin, RandomDescent
 from varmeta.inference.estimators import Estimate, Estimator, Pathwise
-from varmeta.inference.gated import CurvatureGated
+from varmeta.inference.gated import FULL, CurvatureGated
+from varmeta.inference.gated_path import GatedPathwise
 from varmeta.inference.metagradient import MetaGradient
 from varmeta.inference.point import Point
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import Draws, TaskPosterior
-from varmeta.tasks import Tasks
+from varmeta.tasks import Tasks, TaskSource
+
+_log = logging.getLogger("varmeta")
 
 
-def default_estimator(algorithm: RandomDescent) -> Estimator:
-    """What suits an algorithm.
+def default_estimator(algorithm: RandomDescent, dim: int) -> Estimator:
+    """What suits an algorithm on θ of `dim` coordinates.
 
-    `CurvatureGated` where every step injects noise: the smallest variance where there are several
-    minima, and `Pathwise`'s where there is one. `Pathwise` without noise: no transition has a
-    density then, but the law of rows and starts does not depend on θ0.
+    Without noise in every step `Pathwise`: no transition has a density, but the law of rows and
+    starts does not depend on θ0. With it `CurvatureGated` up to 8 coordinates, whose gate then sees
+    all of the curvature, and `GatedPathwise` above: both are as good as `Pathwise` where runs
+    contract, and go on working where they do not (docs/estimators.md has the measurements).
     """
-    return CurvatureGated() if algorithm.always_noisy else Pathwise()
+    if not algorithm.always_noisy:
+        return Pathwise()
+    return CurvatureGated() if dim <= FULL else GatedPathwise()
 
 
 def meta_gradient(
@@ -55,7 +62,7 @@ def meta_gradient(
         tasks: f_i is the support part's, g_i the query part's negative log-likelihood; both are all
             rows where the tasks are not split.
         algorithm: the random algorithm.
-        estimator: of the gradient; None for `default_estimator(algorithm)`.
+        estimator: of the gradient; None for what suits the algorithm (`default_estimator`).
         shared: φ `[P]`; where it starts if None.
         particles: S, runs for each task.
         antithetic: run s + S/2 has the opposite normal numbers of run s.
@@ -77,7 +84,7 @@ def meta_gradient(
         >>> g.estimator.name, tuple(g.mean["loc"].shape)
         ('CurvatureGated', (1, 1))
     """
-    estimator = estimator or default_estimator(algorithm)
+    estimator = estimator or default_estimator(algorithm, density.dim)
     estimator.check(algorithm, particles, antithetic)
     shared = density.shared_init if shared is None else shared
     point = Point.of(density, prior, shared)
@@ -140,8 +147,8 @@ class Stochastic(MetaGradient):
 
     Attributes:
         algorithm: where a task's particles go.
-        estimator: of the gradient; None for what suits the algorithm, `default_estimator`. `name`
-            says which.
+        estimator: of the gradient; None for what suits the algorithm and the model
+            (`default_estimator`), which a message of the logger `varmeta` names at the start.
         particles: S, runs per task and meta-step.
         antithetic: runs come in pairs with opposite noise.
         draws: of each task's posterior when adapting.
@@ -169,7 +176,7 @@ class Stochastic(MetaGradient):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.chosen.check(self.algorithm, self.particles, self.antithetic)
+        self.estimator_for(1).check(self.algorithm, self.particles, self.antithetic)
         if self.draws < 1 or self.chains < 1 or self.draws % self.chains:
             raise ValueError(
                 f"chains must divide draws, got {self.chains} chains for {self.draws} draws"
@@ -177,15 +184,27 @@ class Stochastic(MetaGradient):
         if self.thin is not None and self.thin < 1:
             raise ValueError(f"thin must be at least 1 or None, got {self.thin}")
 
-    @property
-    def chosen(self) -> Estimator:
-        """The estimator that is used."""
-        return self.estimator or default_estimator(self.algorithm)
+    def estimator_for(self, dim: int) -> Estimator:
+        """The one that is used on θ of so many coordinates."""
+        return self.estimator or default_estimator(self.algorithm, dim)
+
+    def init(
+        self,
+        density: Density,
+        prior: GaussianPrior,
+        tasks: Tasks | TaskSource,
+        generator: torch.Generator,
+    ) -> State:
+        """θ0, scales and φ at the user's prior; says which estimator was chosen."""
+        if self.estimator is None:
+            chosen = self.estimator_for(density.dim)
+            _log.info("%s: the estimator for %r is %r", self.name, self.algorithm, chosen)
+        return super().init(density, prior, tasks, generator)
 
     @property
     def kept_vectors(self) -> int:
         """See `MetaGradient.kept_vectors`."""
-        each = self.chosen.kept_vectors(self.algorithm.run_length)
+        each = self.estimator_for(FULL + 1).kept_vectors(self.algorithm.run_length)
         return super().kept_vectors + self.particles * each
 
     @property
@@ -212,7 +231,7 @@ class Stochastic(MetaGradient):
             prior,
             tasks,
             algorithm=self.algorithm,
-            estimator=self.chosen,
+            estimator=self.estimator,
             shared=shared,
             particles=self.particles,
             antithetic=self.antithetic,
