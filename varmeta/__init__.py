@@ -17,6 +17,7 @@ from varmeta.inference.amortised import (
 )
 from varmeta.inference.base import NonFiniteLoss, Strategy
 from varmeta.inference.check import GradientCheck, check_gradient
+from varmeta.inference.connectivity import ModePath, mode_path
 from varmeta.inference.descent import SGD, Langevin, RandomDescent, RandomRestarts
 from varmeta.inference.estimators import BismutElworthyLi, Pathwise, Score
 from varmeta.inference.evolution import EvolutionStrategies, PersistentES
@@ -78,6 +79,7 @@ __all__ = [
     "LogDet",
     "Loo",
     "MetaSGD",
+    "ModePath",
     "Neumann",
     "NewtonCG",
     "NoPooling",
@@ -108,6 +110,7 @@ __all__ = [
     "laplace_evidence",
     "loo",
     "meta_gradient",
+    "mode_path",
     "prox",
     "reachability_gap",
     "to_arviz",
