@@ -13,12 +13,14 @@ from varmeta import (
     SGD,
     Adam,
     AmortisedVariational,
+    BasinCorrected,
     BismutElworthyLi,
     CompletePooling,
     EvolutionStrategies,
     GatedPathwise,
     GradientDescent,
     Implicit,
+    ImplicitAtParticles,
     JointVariational,
     Langevin,
     LaplaceEvidence,
@@ -34,6 +36,7 @@ from varmeta import (
     Reptile,
     Reset,
     Score,
+    StationaryCovariance,
     Stochastic,
     Strategy,
     Unrolled,
@@ -129,6 +132,17 @@ CATALOGUE = {
     ),
     "stochastic, two at once": Entry(
         Stochastic(Langevin(run_length=5), steps=4, draws=20, tasks_at_once=2), separate=True
+    ),
+    "stochastic stationary": Entry(
+        Stochastic(Langevin(run_length=5), StationaryCovariance(), steps=4, draws=20),
+        separate=True,
+    ),
+    "stochastic implicit": Entry(
+        Stochastic(Langevin(run_length=5), ImplicitAtParticles(), steps=4, draws=20),
+        separate=True,
+    ),
+    "stochastic basin-corrected": Entry(
+        Stochastic(Langevin(run_length=5), BasinCorrected(), steps=4, draws=20), separate=True
     ),
     "sgd": Entry(
         Stochastic(SGD(run_length=5, step_size=0.01, batch_rows=2), steps=4, draws=20),

@@ -15,7 +15,13 @@ from varmeta.inference.amortised import (
     LaplaceEvidence,
     laplace_evidence,
 )
+from varmeta.inference.at_ends import (
+    BasinCorrected,
+    ImplicitAtParticles,
+    StationaryCovariance,
+)
 from varmeta.inference.base import NonFiniteLoss, Strategy
+from varmeta.inference.basins import Basins, find_basins
 from varmeta.inference.check import GradientCheck, check_gradient
 from varmeta.inference.connectivity import ModePath, mode_path
 from varmeta.inference.descent import SGD, Langevin, RandomDescent, RandomRestarts
@@ -58,6 +64,8 @@ __all__ = [
     "SGD",
     "Adam",
     "AmortisedVariational",
+    "BasinCorrected",
+    "Basins",
     "BismutElworthyLi",
     "Cholesky",
     "Comparison",
@@ -73,6 +81,7 @@ __all__ = [
     "GradientCheck",
     "GradientDescent",
     "Implicit",
+    "ImplicitAtParticles",
     "JointVariational",
     "Langevin",
     "LaplaceEvidence",
@@ -95,6 +104,7 @@ __all__ = [
     "Reptile",
     "Reset",
     "Score",
+    "StationaryCovariance",
     "Stochastic",
     "Strategy",
     "TaskPosterior",
@@ -105,6 +115,7 @@ __all__ = [
     "check_gradient",
     "compare",
     "evidence",
+    "find_basins",
     "fit",
     "hierarchy",
     "laplace_evidence",

@@ -19,6 +19,7 @@ from varmeta.inference.energy import FunctionEnergy
 from varmeta.inference.flow import GradientFlow
 from varmeta.inference.linear import CG
 from varmeta.inference.minimise import Minimiser
+from varmeta.models.prior import GaussianPrior
 from varmeta.tasks import Tasks
 
 RADIUS = 0.01  # prior standard deviations
@@ -51,8 +52,9 @@ def descend(chain: Chain, ends: Tensor, minimiser: Minimiser | None = None) -> D
     bad = (~ends.isfinite()).any(-1).any(0)
     if bool(bad.any()):
         raise NonFiniteLoss(
-            f"particles of task {tasks.names[int(bad.nonzero()[0])]!r} went off to infinity "
-            f"({int(bad.sum())} of {len(tasks)} tasks). Lower the algorithm's step_size"
+            f"the loss of task {tasks.names[int(bad.nonzero()[0])]!r} is not finite: particles went "
+            f"off to infinity ({int(bad.sum())} of {len(tasks)} tasks). Lower the algorithm's "
+            "step_size"
         )
 
     def energy(theta: Tensor) -> Tensor:  # a particle is a row of its own
@@ -131,6 +133,15 @@ def _linked(points: np.ndarray, radius: float) -> np.ndarray:
     graph = coo_array((np.ones(len(near)), near.T), shape=(len(some), len(some)))
     groups: np.ndarray = connected_components(graph, directed=False)[1]
     return groups[cell.reshape(-1)]
+
+
+def require_adaptation(prior: GaussianPrior) -> None:
+    """Raise a ValueError for a prior of no width, at which nothing adapts (`CompletePooling`)."""
+    if not bool((prior.scale > 0).all()):
+        raise ValueError(
+            "the prior has a scale of 0: no task moves away from θ0 (CompletePooling), and there "
+            "are no basins to tell apart"
+        )
 
 
 def _warn(which: Tensor, what: str, tasks: Tasks) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from varmeta.inference.base import Batch, State
+from varmeta.inference.base import Batch, NonFiniteLoss, State
 from varmeta.inference.chain import Chain
 from varmeta.inference.descent import Langevin, RandomDescent
 from varmeta.inference.estimators import Estimate, Estimator, Pathwise
@@ -247,7 +247,10 @@ class Stochastic(MetaGradient):
         prior, shared = state.meta.prior, state.meta.shared
         # Not a draw: all parts of a batch have this seed, and each task its own stream of it.
         seed = generator.initial_seed()
-        losses, result = self._losses(density, prior, shared, batch.tasks, seed)
+        try:
+            losses, result = self._losses(density, prior, shared, batch.tasks, seed)
+        except NonFiniteLoss as error:
+            raise NonFiniteLoss(f"step {state.step}: {error}") from error
         return losses, _Runs(result.gradients, result.losses.std(0, correction=0))
 
     def adapt(
