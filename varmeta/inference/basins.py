@@ -21,7 +21,7 @@ from varmeta.inference.chain import Chain
 from varmeta.inference.descent import RandomDescent
 from varmeta.inference.estimators import BismutElworthyLi, others_mean, standard_error
 from varmeta.inference.minimise import Minimiser
-from varmeta.inference.partition import RADIUS, descend, partition
+from varmeta.inference.partition import RADIUS, descend, partition, require_adaptation
 from varmeta.inference.point import Point
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
@@ -199,7 +199,7 @@ def find_basins(
         seed: of the runs.
 
     Raises:
-        ValueError: fewer than 2 particles; a radius that is not positive.
+        ValueError: fewer than 2 particles; a radius that is not positive; a prior of no width.
         NonFiniteLoss: particles of a task went off to infinity.
 
     Warns:
@@ -223,6 +223,7 @@ def find_basins(
     """
     if particles < 2:
         raise ValueError(f"particles must be at least 2, got {particles}")
+    require_adaptation(prior)
     shared = density.shared_init if shared is None else shared
     point = Point.of(density, prior, shared)
     chain = Chain(algorithm, density, point, tasks.support, particles, seed)
