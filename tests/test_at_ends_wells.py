@@ -158,6 +158,12 @@ def test_the_parts_are_what_theory_says_of_a_cold_run_in_many_wells() -> None:
     assert missed > 20 * float(got["implicit"].standard_error["loc"])
     g = query(1)(minima)
     within(got["occupation"], float(p @ inner + p @ ((g - p @ g) * (minima - LOC)) / 0.02))
+    # Of the same particles the two differ by the covariance over those, exactly.
+    ends = got["implicit"].ends.numpy()[:, 0, 0]
+    nearest = np.searchsorted(edges, ends)
+    pair = np.cov(g[nearest], minima[nearest] - LOC)[0, 1] / 0.02
+    gap = float(got["occupation"].mean["loc"] - got["implicit"].mean["loc"])
+    assert gap == pytest.approx(pair, rel=1e-7)
     assert torch.equal(got["implicit"].losses, got["occupation"].losses)
     exact = query(1)(got["implicit"].ends.numpy()[..., 0])
     assert np.allclose(got["implicit"].losses.numpy(), exact)

@@ -38,7 +38,9 @@ from varmeta import (
     meta_gradient,
 )
 from varmeta.inference.at_ends import ImplicitAtParticles
-from varmeta.inference.mechanisms import Mechanisms, mechanisms, mechanisms_at
+from varmeta.inference.estimators import others_mean, standard_error
+from varmeta.inference.mechanisms import Mechanisms, _probability, mechanisms, mechanisms_at
+from varmeta.inference.partition import Partition
 from varmeta.models import sinusoids
 from varmeta.report_basins import plot_mechanisms
 
@@ -115,7 +117,7 @@ def test_the_standard_errors_are_the_spread_of_repeated_runs() -> None:
     density = Density(waves, wavy_tasks())
     tasks = wavy_tasks()
     runs = [
-        mechanisms_at(density, prior_at(LOC), tasks, algorithm=NOISY, particles=150, seed=100 + k)
+        mechanisms_at(density, prior_at(LOC), tasks, algorithm=NOISY, particles=80, seed=100 + k)
         for k in range(40)
     ]
     for part in ("total", "location", "probability"):
@@ -123,6 +125,25 @@ def test_the_standard_errors_are_the_spread_of_repeated_runs() -> None:
         errors = torch.stack([getattr(r, f"{part}_se")["loc"] for r in runs])
         ratio = means.std(0) / (errors**2).mean(0).sqrt()
         assert bool(((ratio - 1).abs() < ERRORS * 0.113).all()), (part, ratio)
+
+
+def test_the_standard_error_knows_that_the_basins_means_are_estimates() -> None:
+    """Where g varies more within basins than between: by leaving out each particle in turn."""
+    source = torch.Generator().manual_seed(2)
+    count = 200
+    labels = (torch.rand(count, 1, generator=source) < 0.3).long()
+    losses = 3 * torch.randn(count, 1, generator=source, dtype=F64) + 0.1 * labels
+    weights = torch.randn(count, 1, 1, generator=source, dtype=F64) + (labels[..., None] - 0.3)
+
+    def each(keep: torch.Tensor) -> torch.Tensor:
+        parts = Partition(labels[keep], torch.zeros(2, 1, dtype=torch.long))
+        g = losses[keep]
+        return _probability(g, others_mean(g), weights[keep], parts)[0]
+
+    every = torch.arange(count)
+    left = torch.stack([each(every[every != s]).mean(0) for s in range(count)])
+    jackknife = ((count - 1) / count * ((left - left.mean(0)) ** 2).sum(0)).sqrt()
+    assert torch.allclose(standard_error(each(every)), jackknife, rtol=0.05)
 
 
 def test_the_share(found: Mechanisms) -> None:

@@ -12,7 +12,7 @@ from varmeta.inference.energy import Energy, as_energy
 from varmeta.inference.linear import CG, LinearSolver, default_tolerance
 from varmeta.inference.minimise import Minimum, check_budget, goal_norm
 
-_WRONG, _RIGHT = 0.5, 0.1  # error of a step's linear model, relative to the gradient
+_WRONG, _RIGHT = 0.25, 0.1  # error of a step's linear model, relative to the gradient
 _FORCING = 0.01  # loosest residual of a step's system
 
 
@@ -23,8 +23,8 @@ class GradientFlow:
     Pseudo-transient continuation (Kelley & Keyes 1998, Convergence Analysis of Pseudo-Transient
     Continuation): a step solves (I/h + ∇²E)Δz = −∇E, which is the flow while h is short and
     Newton's method once it is long. A step is taken back, and h cut to a quarter, where ∇E changes
-    otherwise than its linear model says by more than half of its length, and where the system is
-    not positive definite; h grows by three where the model is good to a tenth. So unlike a line
+    otherwise than its linear model says by more than a quarter of its length, and where the system
+    is not positive definite; h grows by three where the model is good to a tenth. So unlike a line
     search it does not jump into another basin, as long as no basin is narrower than `longest`. In
     more than one dimension the basins of a flow depend on the units, and `scale` sets them.
 
