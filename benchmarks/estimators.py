@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pyro
@@ -34,7 +35,9 @@ from varmeta.inference.point import Point
 from varmeta.models import network, sinusoids
 from varmeta.problems import radon
 
-LENGTHS = (10, 40, 160, 640)  # of a run, for memory
+LENGTHS = (25, 100, 400)  # of a run, for memory
+LONG = (10, 20, 40, 80, 160, 320, 640)  # and for where pathwise breaks
+NOISES = (1.0, 0.7, 0.5)
 NEEDS_MIXING = {
     "stationary covariance": vm.StationaryCovariance(),
     "implicit at particles": vm.ImplicitAtParticles(),
@@ -45,6 +48,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "score": vm.Score(),
     "Bismut–Elworthy–Li": vm.BismutElworthyLi(),
     "curvature-gated": vm.CurvatureGated(),
+    "gated pathwise": vm.GatedPathwise(),
     "evolution": vm.EvolutionStrategies(),
     "persistent evolution": vm.PersistentES(),
     **NEEDS_MIXING,
@@ -88,25 +92,31 @@ class Setting:
         return (each.unflatten(0, (2, -1)).mean(0) if got.estimate.pairs else each), seconds
 
 
-def well(x: Tensor, y: Tensor | None = None) -> Tensor:
+def well(noise: float) -> Callable[..., Tensor]:
     """Rows with x = 1 see θ² (two wells at ±1), rows with x = 0 see θ."""
-    theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
-    flag = x[..., 0]
-    with pyro.plate("rows", x.shape[-2]):
-        return pyro.sample("y", dist.Normal(flag * theta**2 + (1 - flag) * theta, 0.7), obs=y)
+
+    def model(x: Tensor, y: Tensor | None = None) -> Tensor:
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        mean = x[..., 0] * theta**2 + (1 - x[..., 0]) * theta
+        with pyro.plate("rows", x.shape[-2]):
+            return pyro.sample("y", dist.Normal(mean, noise), obs=y)
+
+    return model
 
 
-def double_well(length: int, temperature: float = 0.25, anchor: float = 0.1) -> Setting:
-    """Near the ridge between two wells, with the exact derivative."""
+def double_well(
+    length: int, temperature: float = 0.25, noise: float = 0.7, anchor: float = 0.1
+) -> Setting:
+    """Near the ridge between two wells, where f″ = −2/noise², with the exact derivative."""
     x, y = torch.tensor([[[1.0], [0.0]]]).double(), torch.ones(1, 2).double()
     is_query = torch.tensor([[False, True]])
     tasks = vm.Tasks(x, y, torch.ones_like(is_query), is_query, ("well",))
     algorithm = vm.Langevin(length, step_size=0.03, temperature=temperature)
-    exact = grid.Chain(lambda t: -2 * t * (1 - t**2) / 0.49, 0.03, temperature, length)
-    law = exact.law(anchor, (-5.0, 5.0), resolution=4)
-    truth = law.gradient(lambda t: 0.5 * (1 - t) ** 2 / 0.49)[0]
+    exact = grid.Chain(lambda t: -2 * t * (1 - t**2) / noise**2, 0.03, temperature, length)
+    law = exact.law(anchor, (-4.0, 4.0), resolution=6)
+    truth = law.gradient(lambda t: 0.5 * (1 - t) ** 2 / noise**2)[0]
     prior = vm.GaussianPrior.create(torch.tensor([anchor]).double(), 1.0)
-    density = vm.Density(well, tasks)
+    density = vm.Density(well(noise), tasks)
     return Setting(f"double well, {length} steps", density, tasks, prior, algorithm, float(truth))
 
 
@@ -121,9 +131,7 @@ def counties() -> Setting:
 def net(length: int = 25, tasks: int = 4) -> Setting:
     """Sinusoids, a network of 1,761 weights; a step of 1/2 of the curvature's largest."""
     torch.manual_seed(0)
-    mlp = nn.Sequential(
-        nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1)
-    )
+    mlp = nn.Sequential(nn.Linear(1, 40), nn.Tanh(), nn.Linear(40, 40), nn.Tanh(), nn.Linear(40, 1))
     source = vm.TaskSource(sinusoids(num_tasks=tasks, support=10, query=10))
     density = vm.Density(network(mlp, lambda out: dist.Normal(out[:, 0], 0.3)), source)
     prior = vm.GaussianPrior.create(density.prior_loc, 0.3)
@@ -170,21 +178,51 @@ def variance(particles: int, repeats: int) -> list[Table]:
     return tables
 
 
-def breaking(particles: int) -> Table:
-    """Pathwise and gated over run length and temperature (a colder run stays nearer the ridge)."""
-    table = Table(title=f"double well, where pathwise breaks: {particles} particles")
-    for column in ("temperature", "steps", "truth", "pathwise", "sd", "gated", "sd"):
-        table.add_column(column, justify="right")
-    for temperature in (1.0, 0.25, 0.06):
-        for length in (10, 25, 50, 100, 200, 400, 1000):
-            setting = double_well(length, temperature)
-            cells = [f"{temperature}", f"{length}", f"{setting.truth:.3f}"]
+def breaking(particles: int, folder: Path | None) -> list[Table]:
+    """Pathwise and gated over the length of a run and the curvature at the ridge, τ = 0.1."""
+    tables, curves = [], {}
+    for noise in NOISES:
+        bend = -2 / noise**2
+        table = Table(title=f"double well, f″ = {bend:.1f} at the ridge: {particles} particles")
+        for column in ("steps", "truth", "pathwise", "sd", "gated", "sd"):
+            table.add_column(column, justify="right")
+        rows = []
+        for length in LONG:
+            setting = double_well(length, 0.1, noise)
+            row = [setting.truth or 0.0]
             for estimator in (vm.Pathwise(), vm.CurvatureGated()):
                 each, _ = setting.estimate(estimator, particles)
-                error = float(each.std()) / particles**0.5
-                cells += [f"{float(each.mean()):.3f} ± {error:.3f}", f"{float(each.std()):.3g}"]
-            table.add_row(*cells)
-    return table
+                row += [float(each.mean()), float(each.std())]
+            rows.append(row)
+            root = particles**0.5
+            cells = [f"{m:.3f} ± {s / root:.3f}" for m, s in (row[1:3], row[3:5])]
+            table.add_row(
+                f"{length}", f"{row[0]:.3f}", cells[0], f"{row[2]:.3g}", cells[1], f"{row[4]:.3g}"
+            )
+        tables.append(table)
+        curves[bend] = np.array(rows)
+    if folder is not None:
+        draw(curves, particles, folder / "pathwise-breaks.png")
+    return tables
+
+
+def draw(curves: dict[float, np.ndarray], particles: int, path: Path) -> None:
+    """Truth and both estimates, with 2 standard errors, over the length of a run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.6), layout="constrained", dpi=110)
+    for ax, (bend, rows) in zip(figure.subplots(1, len(curves)), curves.items(), strict=True):
+        for column, name, colour in ((1, "pathwise", "#D55E00"), (3, "gated", "#0072B2")):
+            error = 2 * rows[:, column + 1] / particles**0.5
+            ax.errorbar(LONG, rows[:, column], error, color=colour, label=name, marker="o", ms=4)
+        ax.plot(LONG, rows[:, 0], color="black", lw=6, alpha=0.25, label="exact")
+        ax.set(xscale="log", title=f"f″ = {bend:.0f} at the ridge", xlabel="steps of a run")
+        low = 1.6 * rows[:, 0].min()
+        ax.set_ylim(low, -0.25 * low)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("d E g / dθ0, nats")
+    figure.axes[0].legend(frameon=False)
+    figure.savefig(path)
 
 
 def cost(repeats: int) -> list[Table]:
@@ -240,8 +278,8 @@ def in_turn(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
 
 
 def memory() -> Table:
-    """Megabytes by which a process grows above what a run of 2 steps took."""
-    table = Table(title="network, 8 particles of 4 tasks: MB over a run of 2 steps")
+    """Megabytes by which a process grows above what two runs of 25 steps took."""
+    table = Table(title="network, 8 particles of 4 tasks: MB above runs of 25 steps")
     for column in ("estimator", *(f"{n} steps" for n in LENGTHS)):
         table.add_column(column, justify="right")
     for name in ESTIMATORS:
@@ -258,9 +296,8 @@ def _grown(name: str, length: int) -> float:
 
 def grow(name: str, length: int) -> None:
     """Print it, in a process of its own."""
-    setting = net(5)
-    for _ in range(3):
-        setting.estimate(ESTIMATORS[name], 8)
+    for _ in range(2):  # until its derivatives are recorded
+        net(25).estimate(ESTIMATORS[name], 8)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     net(length).estimate(ESTIMATORS[name], 8)
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
@@ -272,6 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("part", nargs="*", default=["variance", "breaking", "cost", "memory"])
     parser.add_argument("--particles", type=int, default=40_000)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where `breaking` draws its picture")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if options.part[0] == "grow":
@@ -280,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(width=120)
     parts: dict[str, Callable[[], list[Table]]] = {
         "variance": lambda: variance(options.particles, options.repeats),
-        "breaking": lambda: [breaking(options.particles)],
+        "breaking": lambda: breaking(options.particles, options.folder),
         "cost": lambda: cost(options.repeats),
         "memory": lambda: [memory()],
     }

@@ -142,7 +142,12 @@ CATALOGUE = {
         separate=True,
     ),
     "stochastic basin-corrected": Entry(
-        Stochastic(Langevin(run_length=5), BasinCorrected(), steps=4, draws=20), separate=True
+        Stochastic(Langevin(run_length=5), BasinCorrected(), antithetic=True, steps=4, draws=20),
+        separate=True,
+    ),
+    "stochastic basin-corrected, laplace": Entry(
+        Stochastic(Langevin(run_length=5), BasinCorrected("laplace"), steps=4, draws=20),
+        separate=True,
     ),
     "sgd": Entry(
         Stochastic(SGD(run_length=5, step_size=0.01, batch_rows=2), steps=4, draws=20),

@@ -28,6 +28,7 @@ from varmeta.inference.descent import SGD, Langevin, RandomDescent, RandomRestar
 from varmeta.inference.estimators import BismutElworthyLi, Pathwise, Score
 from varmeta.inference.evolution import EvolutionStrategies, PersistentES
 from varmeta.inference.fit import Fit, fit
+from varmeta.inference.flow import GradientFlow
 from varmeta.inference.gated import CurvatureGated
 from varmeta.inference.gated_path import GatedPathwise
 from varmeta.inference.imaml import IMAML
@@ -36,6 +37,7 @@ from varmeta.inference.lbfgs import LBFGS
 from varmeta.inference.linear import CG, Cholesky, Neumann
 from varmeta.inference.logdet import LogDet
 from varmeta.inference.maml import FOMAML, MAML, MetaSGD, Reptile
+from varmeta.inference.mechanisms import Mechanisms, mechanisms, mechanisms_at
 from varmeta.inference.minimise import Adam, GradientDescent
 from varmeta.inference.minres import MINRES
 from varmeta.inference.newton import NewtonCG
@@ -80,6 +82,7 @@ __all__ = [
     "GaussianPrior",
     "GradientCheck",
     "GradientDescent",
+    "GradientFlow",
     "Implicit",
     "ImplicitAtParticles",
     "JointVariational",
@@ -87,6 +90,7 @@ __all__ = [
     "LaplaceEvidence",
     "LogDet",
     "Loo",
+    "Mechanisms",
     "MetaSGD",
     "ModePath",
     "Neumann",
@@ -120,6 +124,8 @@ __all__ = [
     "hierarchy",
     "laplace_evidence",
     "loo",
+    "mechanisms",
+    "mechanisms_at",
     "meta_gradient",
     "mode_path",
     "prox",

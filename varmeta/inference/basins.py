@@ -227,9 +227,11 @@ def find_basins(
     shared = density.shared_init if shared is None else shared
     point = Point.of(density, prior, shared)
     chain = Chain(algorithm, density, point, tasks.support, particles, seed)
-    ends, weights = chain.run(), None
+    weights = None
     if algorithm.always_noisy:
         ends, weights, _ = BismutElworthyLi().weights(chain)
+    else:
+        ends = chain.run()
     descent = descend(chain, ends, minimiser)
     parts = partition(chain, descent, radius)
     place = parts.gather(descent.theta)

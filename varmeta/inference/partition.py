@@ -52,8 +52,8 @@ def descend(chain: Chain, ends: Tensor, minimiser: Minimiser | None = None) -> D
     bad = (~ends.isfinite()).any(-1).any(0)
     if bool(bad.any()):
         raise NonFiniteLoss(
-            f"the loss of task {tasks.names[int(bad.nonzero()[0])]!r} is not finite: particles went "
-            f"off to infinity ({int(bad.sum())} of {len(tasks)} tasks). Lower the algorithm's "
+            f"the loss of task {tasks.names[int(bad.nonzero()[0])]!r} is not finite: particles "
+            f"went off to infinity ({int(bad.sum())} of {len(tasks)} tasks). Lower the algorithm's "
             "step_size"
         )
 

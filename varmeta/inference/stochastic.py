@@ -125,20 +125,12 @@ class MetaGradientEstimate:
     @property
     def mean(self) -> dict[str, Tensor]:
         """In `loc` `[T, D]`, `log_scale` `[T, M]`, `shared` `[T, P]`; nats per unit of each."""
-        return self._natural(self.estimate.mean)
+        return self.point.natural(self.estimate.mean)
 
     @property
     def standard_error(self) -> dict[str, Tensor]:
         """Of `mean`."""
-        return self._natural(self.estimate.standard_error)
-
-    def _natural(self, x: Tensor) -> dict[str, Tensor]:
-        return {
-            name: (part / self.point.units[name].flatten()).unflatten(
-                -1, self.point.units[name].shape
-            )
-            for name, part in self.point.split(x).items()
-        }
+        return self.point.natural(self.estimate.standard_error)
 
 
 @dataclass(frozen=True)
