@@ -24,6 +24,10 @@ COMMANDS = [
 
 SMALL = {  # the options that make an example small, and what it then says
     "against_nuts.py": ("--problem eight_schools --draws 10 --chains 2 --steps 5", "worst R-hat"),
+    "does_it_pay.py": (
+        "--seeds 1 --steps 2 --settings phases --arms location;Pathwise",
+        "location",
+    ),
     "joint_or_not.py": ("--seeds 2 --steps 12 --adapt 10 --problems radon", "amortised"),
     "mode_connectivity.py": (
         "--problems spirals --widths 4 --tasks 2 --train 20 --steps 5",
