@@ -10,7 +10,6 @@ estimators in turn.
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import varmeta as vm
+from benchmarks.figure2 import peak_bytes
 from varmeta.figures import grid
 from varmeta.inference.chain import Chain
 from varmeta.inference.estimators import Estimator
@@ -227,7 +227,7 @@ def draw(curves: dict[float, np.ndarray], particles: int, path: Path) -> None:
 
 def cost(repeats: int) -> list[Table]:
     """CPU µs of a particle's step over the bare gradient evaluation, and growth with T × S."""
-    setting, particles = net(10), 16
+    setting, particles = net(25), 16
     table = Table(title=f"network, {particles} particles of {len(setting.tasks)} tasks")
     for column in ("estimator", "µs a step and particle", "over the bare gradient"):
         table.add_column(column, justify="right")
@@ -278,29 +278,28 @@ def in_turn(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
 
 
 def memory() -> Table:
-    """Megabytes by which a process grows above what two runs of 25 steps took."""
-    table = Table(title="network, 8 particles of 4 tasks: MB above runs of 25 steps")
+    """Megabytes by which the peak of a process rises above its start during a run."""
+    table = Table(title="network, 32 particles of 4 tasks: MB at the peak, above the start")
     for column in ("estimator", *(f"{n} steps" for n in LENGTHS)):
         table.add_column(column, justify="right")
     for name in ESTIMATORS:
         if name not in NEEDS_MIXING:
-            grown = [_grown(name, length) for length in LENGTHS]
-            table.add_row(name, *(f"{g:.0f}" for g in grown))
+            command = [sys.executable, "-m", "benchmarks.estimators", "grow", name]
+            found = subprocess.run(command, capture_output=True, text=True, check=True)
+            table.add_row(name, *found.stdout.split())
     return table
 
 
-def _grown(name: str, length: int) -> float:
-    command = [sys.executable, "-m", "benchmarks.estimators", "grow", name, str(length)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-
-
-def grow(name: str, length: int) -> None:
-    """Print it, in a process of its own."""
+def grow(name: str) -> None:
+    """Print it for each length, in a process of its own (Linux)."""
     for _ in range(2):  # until its derivatives are recorded
-        net(25).estimate(ESTIMATORS[name], 8)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    net(length).estimate(ESTIMATORS[name], 8)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+        net(25).estimate(ESTIMATORS[name], 32)
+    for length in LENGTHS:
+        setting = net(length)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident now
+        before = peak_bytes()
+        setting.estimate(ESTIMATORS[name], 32)
+        print(round((peak_bytes() - before) / 2**20))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -313,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if options.part[0] == "grow":
-        grow(options.part[1], int(options.part[2]))
+        grow(options.part[1])
         return
     console = Console(width=120)
     parts: dict[str, Callable[[], list[Table]]] = {

@@ -199,13 +199,13 @@ def resident(name: str) -> None:
     grown = []
     for steps in MEMORY_STEPS:
         Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is resident now
-        before = _peak()
+        before = peak_bytes()
         made(steps)
-        grown.append(_peak() - before)
+        grown.append(peak_bytes() - before)
     print(json.dumps(grown))
 
 
-def _peak() -> int:
+def peak_bytes() -> int:
     """Peak resident bytes of this process (Linux)."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("VmHWM:")[1].split()[0])

@@ -84,7 +84,7 @@ def test_the_default_suits_the_algorithm_and_is_reported(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert isinstance(Stochastic().estimator_for(2), CurvatureGated)
-    assert isinstance(Stochastic().estimator_for(9), GatedPathwise)
+    assert isinstance(Stochastic().estimator_for(9), Pathwise)
     assert isinstance(Stochastic(SGD()).estimator_for(9), Pathwise)
     assert isinstance(Stochastic(SGD(temperature=0.1)).estimator_for(2), CurvatureGated)
     tasks, density = lines()

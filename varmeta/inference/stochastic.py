@@ -18,7 +18,6 @@ from varmeta.inference.chain import Chain
 from varmeta.inference.descent import Langevin, RandomDescent
 from varmeta.inference.estimators import Estimate, Estimator, Pathwise
 from varmeta.inference.gated import FULL, CurvatureGated
-from varmeta.inference.gated_path import GatedPathwise
 from varmeta.inference.metagradient import MetaGradient
 from varmeta.inference.point import Point
 from varmeta.models.density import Density
@@ -32,14 +31,16 @@ _log = logging.getLogger("varmeta")
 def default_estimator(algorithm: RandomDescent, dim: int) -> Estimator:
     """What suits an algorithm on θ of `dim` coordinates.
 
-    Without noise in every step `Pathwise`: no transition has a density, but the law of rows and
-    starts does not depend on θ0. With it `CurvatureGated` up to 8 coordinates, whose gate then sees
-    all of the curvature, and `GatedPathwise` above: both are as good as `Pathwise` where runs
-    contract, and go on working where they do not (docs/estimators.md has the measurements).
+    `CurvatureGated` where every step injects noise and θ has up to 8 coordinates: its gate then sees
+    all of the curvature. It is as good as `Pathwise` where runs contract and goes on working where
+    they do not. Else `Pathwise`: without noise no transition has a density, but the law of rows and
+    starts does not depend on θ0; and in many dimensions a score term multiplies the whole loss by
+    noise, which a few particles do not average out. Runs should then be short, or take
+    `GatedPathwise` and many particles (measured in docs/estimators.md and docs/does-it-pay.md).
     """
-    if not algorithm.always_noisy:
-        return Pathwise()
-    return CurvatureGated() if dim <= FULL else GatedPathwise()
+    if algorithm.always_noisy and dim <= FULL:
+        return CurvatureGated()
+    return Pathwise()
 
 
 def meta_gradient(
