@@ -31,8 +31,8 @@ _log = logging.getLogger("varmeta")
 def default_estimator(algorithm: RandomDescent, dim: int) -> Estimator:
     """What suits an algorithm on θ of `dim` coordinates.
 
-    `CurvatureGated` where every step injects noise and θ has up to 8 coordinates: its gate then sees
-    all of the curvature. It is as good as `Pathwise` where runs contract and goes on working where
+    `CurvatureGated` where every step injects noise and θ has up to 8 coordinates: its gate sees all
+    of the curvature then. It is as good as `Pathwise` where runs contract and goes on working where
     they do not. Else `Pathwise`: without noise no transition has a density, but the law of rows and
     starts does not depend on θ0; and in many dimensions a score term multiplies the whole loss by
     noise, which a few particles do not average out. Runs should then be short, or take
