@@ -176,6 +176,28 @@ def test_gradient_descent_is_differentiated_exactly() -> None:
     torch.testing.assert_close(flat(got.mean), truth, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("estimator", [Pathwise(), GatedPathwise()], ids=lambda e: e.name)
+def test_marks_change_nothing(estimator: Estimator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long run is gone back through from √K marks, with the same numbers drawn again."""
+    tasks, density = lines()
+    algorithm = SGD(23, 0.02, temperature=0.4, momentum=0.5, batch_rows=1, start_scale=0.3)
+
+    def each() -> Tensor:
+        got = meta_gradient(
+            density,
+            linear_prior(1),
+            tasks,
+            algorithm=algorithm,
+            estimator=estimator,
+            particles=6,
+        )
+        return got.estimate.each
+
+    kept = each()
+    monkeypatch.setattr("varmeta.inference.estimators._SHORT", 1)
+    torch.testing.assert_close(each(), kept, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("replacement", [True, False])
 def test_minibatches_against_every_sequence(replacement: bool) -> None:
     """One of two support rows a step: every sequence enumerated, each a Gaussian recursion."""

@@ -119,7 +119,7 @@ def test_cost_is_counted() -> None:
     assert cost(Score()) == 10 + 2 + 1  # a product at the start, and g
     assert cost(BismutElworthyLi()) == 10 * 3 + 1
     assert cost(CurvatureGated()) == 10 * 3 + 1
-    assert cost(Pathwise()) == 10 * (1 + 1 + 3) + 1  # there, there again from the marks, and back
+    assert cost(Pathwise()) == 10 * (1 + 3) + 1  # there and back
     assert cost(GatedPathwise(rank=1)) == 10 * (3 + 3 + 3) + 1
     assert cost(EvolutionStrategies()) == 10 + 2
 

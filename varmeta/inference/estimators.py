@@ -30,6 +30,7 @@ from varmeta.inference.descent import RandomDescent
 
 Attached = Callable[[Tensor], Tensor]
 State = tuple[Tensor, ...]
+_SHORT = 64  # steps of a run up to which all of its states are kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,14 +112,16 @@ class Pathwise(Estimator):
     expands (next to the ridge between two minima) its tail outgrows any number of samples: unbiased
     on paper, and far off in practice.
 
-    Cost: 3 gradient evaluations and a Hessian-vector product a step. Keeps about 2√K states of a
-    run, not its graph.
+    Cost: 2 gradient evaluations and a Hessian-vector product a step, a third evaluation in runs of
+    more than 64 steps. Keeps the states of a run, not its graph, and of long ones about 2√K.
     """
+
+    remembers: ClassVar[bool] = False  # the way back needs to know more of a step than its state
 
     def estimate(self, chain: Chain, loss: Loss) -> Estimate:
         """See `Estimator.estimate`."""
         length, momentum = chain.algorithm.run_length, chain.algorithm.momentum
-        every = math.isqrt(length - 1) + 1
+        every = 1 if length <= _SHORT else math.isqrt(length - 1) + 1
         state, marks = self.begin(chain), []
         for t in range(length):
             if t % every == 0:
@@ -128,14 +131,17 @@ class Pathwise(Estimator):
         carried = torch.zeros_like(v)  # dL/dx_t through x_{t+2}, by the momentum
         for first in reversed(range(0, length, every)):
             states, seen, now = [], [], marks.pop()
-            for t in range(first, min(first + every, length)):
+            last = min(first + every, length) - 1
+            for t in range(first, last + 1):
                 states.append(now)
-                now, what = self.step(chain, t, now)
-                seen.append(what)
+                if t < last or self.remembers:
+                    now, what = self.step(chain, t, now)
+                    seen.append(what)
             for t in reversed(range(first, first + len(states))):
                 theta, before, *_ = states.pop()
                 linear = chain.linear(t, theta, before, curved=True)
-                along, rest = self.back(chain, linear, v, losses, seen.pop())
+                what = seen.pop() if self.remembers else None
+                along, rest = self.back(chain, linear, v, losses, what)
                 each = each + rest
                 v, carried = along + carried, -momentum * v
         return Estimate(losses, each + chain.start_pull(v + carried), state[0], chain.antithetic)
@@ -156,8 +162,9 @@ class Pathwise(Estimator):
         return linear.pull(v)
 
     def kept_vectors(self, run_length: int) -> int:
-        """Two states at each of √K marks, and at each step between two of them."""
-        return super().kept_vectors(run_length) + 4 * math.isqrt(run_length)
+        """Two states at each mark, and at each step between two of them."""
+        marks = run_length if run_length <= _SHORT else 2 * math.isqrt(run_length)
+        return super().kept_vectors(run_length) + 2 * marks
 
 
 class Weighted(Estimator):

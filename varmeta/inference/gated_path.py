@@ -27,8 +27,8 @@ class GatedPathwise(Pathwise):
     many dimensions; where nothing expands this is `Pathwise`. Unbiased whatever V is. Needs
     injected noise in every step.
 
-    Cost: 3 gradient evaluations and 2k + 1 Hessian-vector products a step. Keeps about √K states
-    of a run, with V.
+    Cost: 3 gradient evaluations and 2k + 1 Hessian-vector products a step. Keeps the states
+    of a run, with V, and of long ones about 2√K.
 
     Attributes:
         rank: k, at most D of them are used.
@@ -39,6 +39,7 @@ class GatedPathwise(Pathwise):
     slowest: float = 1.0
 
     needs_noise: ClassVar[bool] = True
+    remembers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.rank < 1:
