@@ -65,6 +65,25 @@ def test_parts_of_a_batch_add_up() -> None:
         torch.testing.assert_close(value, runs[1].state.meta.raw[name], rtol=1e-9, atol=1e-12)
 
 
+def test_a_memory_budget_counts_particles() -> None:
+    """Four times the particles, a quarter of the tasks at once; the gradient is the same."""
+    tasks, density = lines()
+    many = Tasks.from_list(
+        [(tasks.inputs[0], tasks.targets[0])] * 64, names=[f"t{k}" for k in range(64)]
+    ).split(0.5)
+
+    def part(particles: int) -> int:
+        langevin = Langevin(run_length=3, step_size=0.01)
+        strategy = Stochastic(langevin, Pathwise(), particles, steps=1, memory=1e-4)
+        result = fit(strategy, density, many)
+        whole = fit(Stochastic(langevin, Pathwise(), particles, steps=1), density, many)
+        torch.testing.assert_close(result.prior.loc, whole.prior.loc)
+        return int(result.state.cache["part"])
+
+    assert 2 <= part(16) <= part(4) / 3.5
+    assert part(4) < 64
+
+
 def test_it_crosses_to_the_better_well() -> None:
     """From the wrong well the gradient of where minima lie points nowhere; that of how often does.
 

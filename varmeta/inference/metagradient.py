@@ -131,8 +131,13 @@ class MetaGradient(Strategy):
 
     @property
     def kept_vectors(self) -> int:
-        """Tensors of θ's size that adapting a task keeps, beside the model's activations."""
+        """Tensors of θ's size that adapting a task once keeps, beside the model's activations."""
         return 12  # of the solver, the minimiser and their way back
+
+    @property
+    def runs_per_task(self) -> int:
+        """How many times a step adapts to each task, all at once."""
+        return 1
 
     def _part_size(self, density: Density, state: State, batch: Batch) -> int | None:
         if self.memory is None:
@@ -140,6 +145,7 @@ class MetaGradient(Strategy):
         if "part" not in state.cache:
             prior, shared = state.meta.fixed()
             each = bytes_per_task(density, prior, shared, batch.tasks, self.kept_vectors)
+            each *= self.runs_per_task
             state.cache["part"] = max(int(self.memory * 2**30 / each), 1)
         return int(state.cache["part"])
 

@@ -197,8 +197,12 @@ class Stochastic(MetaGradient):
     @property
     def kept_vectors(self) -> int:
         """See `MetaGradient.kept_vectors`."""
-        each = self.estimator_for(FULL + 1).kept_vectors(self.algorithm.run_length)
-        return super().kept_vectors + self.particles * each
+        return self.estimator_for(FULL + 1).kept_vectors(self.algorithm.run_length)
+
+    @property
+    def runs_per_task(self) -> int:
+        """`particles`."""
+        return self.particles
 
     @property
     def name(self) -> str:
