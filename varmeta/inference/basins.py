@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 import torch
-import xarray as xr
 from torch import Tensor
 
 from varmeta.inference.chain import Chain
@@ -26,6 +26,9 @@ from varmeta.inference.point import Point
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.tasks import Tasks
+
+if TYPE_CHECKING:  # imported where it is used, so that `import varmeta` does not wait for it
+    import xarray as xr
 
 SHOWN_DIM = 4  # coordinates that a table has columns for
 _ROWS = 40  # of a table that is printed
@@ -126,6 +129,7 @@ class Basins:
 
     def to_dataset(self) -> xr.Dataset:
         """The same numbers with named dimensions: `basin`, `task`, `coordinate`, `particle`."""
+        import xarray as xr
 
         def numbers(values: Tensor) -> np.ndarray:
             return values.cpu().numpy()
