@@ -110,7 +110,8 @@ class Pathwise(Estimator):
     Works without injected noise too, the law of the rows and of a random start being independent of
     θ0, given the start's shape. Low variance while runs are short and the flow contracts. Where it
     expands (next to the ridge between two minima) its tail outgrows any number of samples: unbiased
-    on paper, and far off in practice.
+    on paper, far off in practice, and its standard error does not show it, since the paths that
+    count are not among those drawn. Hold long runs against `GatedPathwise`.
 
     Cost: 2 gradient evaluations and a Hessian-vector product a step, a third evaluation in runs of
     more than 64 steps. Keeps the states of a run, not its graph, and of long ones about 2√K.
