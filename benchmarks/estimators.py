@@ -35,7 +35,7 @@ from varmeta.inference.point import Point
 from varmeta.models import network, sinusoids
 from varmeta.problems import radon
 
-LENGTHS = (25, 100, 400)  # of a run, for memory
+LENGTHS = (25, 100, 400, 1600)  # of a run, for memory
 LONG = (10, 20, 40, 80, 160, 320, 640)  # and for where pathwise breaks
 NOISES = (1.0, 0.7, 0.5)
 NEEDS_MIXING = {
