@@ -22,10 +22,10 @@ class CurvatureGated(Weighted):
     negative curvature, where a derivative along the path would explode, the noise takes over.
 
     In few dimensions the gate sees the whole Hessian. In many it sees the k directions in which the
-    curvature differs most from its mean, followed by a step of power iteration for each step of the
-    run (Saad 2011, Numerical Methods for Large Eigenvalue Problems, §5: subspace iteration); the
-    others are taken to contract at their mean rate, for which the step's own score gives a
-    Hutchinson estimate. Unbiased whatever the gate does: it only moves variance about.
+    curvature is largest in size, followed by a step of power iteration for each step of the run
+    (Saad 2011, Numerical Methods for Large Eigenvalue Problems, §5: subspace iteration); the others
+    are taken to contract at their mean rate, for which the step before gives a Hutchinson estimate.
+    Unbiased whatever the gate does: it only moves variance about.
 
     Cost: a gradient evaluation and k Hessian-vector products a step, k + 1 where k < D. Keeps a few
     times k vectors of θ's size a particle.
@@ -135,9 +135,8 @@ class Gated(Path):
             old = self._onto_basis()
             self.basis = basis
             outside = self._onto_basis() - overlap @ old
-            before = self._before
             after = overlap @ after + rest[..., None, None] * outside
-            self._before = overlap @ before
+            self._before = overlap @ self._before
             self.inside = overlap @ self.inside + self.rest[..., None, None] * outside
         self._before, self.inside, self.rest = self.inside, after, rest
         return lambda a: self._transposed(a, basis, after, rest)
