@@ -26,7 +26,7 @@ from varmeta.inference.energy import TaskEnergy
 from varmeta.inference.families import Family, GaussianQ
 from varmeta.inference.free_energy import free_energy
 from varmeta.inference.table import new_table
-from varmeta.models.prior import Hyperprior
+from varmeta.models import Hyperprior
 from varmeta.posterior import Gaussian
 from varmeta.seeds import generator
 

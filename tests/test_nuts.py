@@ -24,7 +24,7 @@ from varmeta.inference import nuts
 from varmeta.inference.base import Batch, StepInfo
 from varmeta.inference.fit import Fit, fit
 from varmeta.inference.nuts import PyroNUTS
-from varmeta.models.prior import GaussianPrior, Hyperprior
+from varmeta.models import GaussianPrior, Hyperprior
 from varmeta.seeds import generator
 from varmeta.tasks import TaskSource
 

@@ -12,8 +12,8 @@ import torch
 import torch.distributions as td
 from density_cases import FLOAT, numbers, reals
 
+from varmeta.models import GaussianPrior, Hyperprior
 from varmeta.models.density import Density
-from varmeta.models.prior import GaussianPrior, Hyperprior
 from varmeta.seeds import generator
 
 D = 4
@@ -184,9 +184,10 @@ def test_the_low_rank_part_starts_small_and_of_full_rank(dim):
         dim=dim,
         prior_loc=numbers(dim),
         prior_scale=width,
-        site_index=torch.zeros(dim, dtype=torch.long),
     )
     for rank in range(1, dim + 1):
-        factor = GaussianPrior.from_density(density, rank=rank).factor / width[:, None]
+        factor = (
+            GaussianPrior.from_density(density, scales="all", rank=rank).factor / width[:, None]
+        )
         assert factor.shape == (dim, rank) and factor.abs().max() <= 0.1
         assert torch.linalg.svdvals(factor).min() > 0.05

@@ -29,8 +29,8 @@ from varmeta.inference.base import Batch, Meta, StepInfo
 from varmeta.inference.fit import Fit, fit
 from varmeta.inference.svi import PyroSVI
 from varmeta.inference.svi_model import global_sites, model_in_units
+from varmeta.models import GaussianPrior, Hyperprior
 from varmeta.models.density import Density
-from varmeta.models.prior import GaussianPrior, Hyperprior
 from varmeta.seeds import generator
 from varmeta.tasks import Tasks, TaskSource
 

@@ -77,6 +77,13 @@ class Meta:
         """φ `[P]`, unconstrained, differentiable in `raw`."""
         return self.density.shared_init + self.density.shared_scale * self.raw["shared"]
 
+    def keep_bounds(self) -> None:
+        """Put scales that a step has moved beyond their bounds back to the nearer one."""
+        if self.origin.bounds is not None:
+            low, high = self.origin.bounds.log() - self.origin.log_scale
+            with torch.no_grad():
+                self.raw["log_scale"].clamp_(low, high)
+
     def leaves(self) -> list[Tensor]:
         """The tensors that are learned."""
         return [t for t in self.raw.values() if t.requires_grad]

@@ -68,7 +68,7 @@ def maximise(sums: dict[str, Tensor], meta: Meta, total: float, loc: bool, scale
             each = torch.zeros_like(origin.log_scale)
             count = each.index_add(0, origin.groups, torch.ones_like(around)) * total
             sum_of_squares = each.index_add(0, origin.groups, around) * total
-            if belief is None:
+            if belief is None or belief.scale_law == "flat":
                 best = sum_of_squares / count
             else:
                 bend = 4 * sum_of_squares / belief.scale_width**2

@@ -241,6 +241,7 @@ class _Run:
                     batch,
                     _noise(self.density, self.seed, _STEP, state.step),
                 )
+                state.meta.keep_bounds()
                 state.step += 1
                 seconds += time.perf_counter() - start
                 gradients += info.gradients

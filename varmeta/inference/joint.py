@@ -158,6 +158,12 @@ class JointVariational(Strategy):
                 "prior_update='closed_form' needs a diagonal Σ, and the prior has a low-rank part; "
                 "use 'gradient', or a prior with rank=0"
             )
+        law = "flat" if prior.hyperprior is None else prior.hyperprior.scale_law
+        if closed and self._learns_scale and law not in ("flat", "half-normal"):
+            raise ValueError(
+                f"prior_update='closed_form' has none for {law} scales; use 'gradient', or a "
+                "prior with scale_law='half-normal'"
+            )
         meta = Meta.start(
             density,
             prior,

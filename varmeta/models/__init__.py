@@ -2,8 +2,10 @@
 
 from varmeta.models.density import Density
 from varmeta.models.hierarchy import hierarchy
+from varmeta.models.hyperprior import Hyperprior
+from varmeta.models.modules import Modules
 from varmeta.models.network import network
-from varmeta.models.prior import GaussianPrior, Hyperprior
+from varmeta.models.prior import GaussianPrior
 from varmeta.models.sinusoid import sinusoids
 
-__all__ = ["Density", "GaussianPrior", "Hyperprior", "hierarchy", "network", "sinusoids"]
+__all__ = ["Density", "GaussianPrior", "Hyperprior", "Modules", "hierarchy", "network", "sinusoids"]

@@ -31,8 +31,9 @@ def hierarchy(
     leading dimensions `[S, 1]`, those inside `[S, T]`. Without `likelihood` the data are left out.
 
     Raises:
-        ValueError: no hyperprior (a flat one has no Bayesian answer), a low-rank prior, or a model
-            with params, which have no prior of their own.
+        ValueError: no hyperprior, or one that is flat in the scales (which have no Bayesian answer
+            then); a low-rank prior; bounds, which only `fit`'s own steps keep; or a model with
+            params, which have no prior of their own.
     """
     belief = prior.hyperprior
     if belief is None:
@@ -41,6 +42,10 @@ def hierarchy(
         )
     if prior.factor is not None:
         raise ValueError("hierarchy takes a diagonal prior; build it with rank=0")
+    if belief.scale_law == "flat":
+        raise ValueError("hyperprior is flat in the scales; build the prior with another scale_law")
+    if prior.bounds is not None:
+        raise ValueError("hierarchy knows no bounds of the scales; build the prior without bounds")
     params = [site.name for site in density.shared_sites if site.prior is None]
     if params:
         raise ValueError(
@@ -50,7 +55,7 @@ def hierarchy(
 
     def model() -> Tensor:
         loc = pyro.sample("loc", dist.Normal(belief.loc, belief.width).to_event(1))
-        scale = pyro.sample("scale", dist.HalfNormal(belief.scale_width).to_event(1))
+        scale = pyro.sample("scale", belief.scales().to_event(1))
         parts = [
             site.unconstrain(
                 pyro.sample(f"shared_{site.name}", site.prior.to_event(len(site.prior.batch_shape)))

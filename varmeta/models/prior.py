@@ -4,43 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from varmeta.models.hyperprior import Hyperprior, ScaleLaw
+from varmeta.models.modules import Modules, Partition
+
 if TYPE_CHECKING:
     from varmeta.models.density import Density
-
-Grouping = Literal["coordinate", "site", "all"]
-
-
-@dataclass(frozen=True, eq=False)
-class Hyperprior:
-    """What is believed of θ0 and the scales before any task is seen.
-
-    θ0_j ~ N(loc_j, width_j²) and scale_m ~ HalfNormal(scale_width_m), densities over the scale
-    itself. Both are taken from the prior that the user wrote for one task: a task's parameter can
-    lie as far out as that prior says, be it because θ0 does or because the task does.
-
-    Attributes:
-        loc: `[D]`.
-        width: `[D]`, positive.
-        scale_width: `[M]`, positive, one per learned scale.
-    """
-
-    loc: Tensor
-    width: Tensor
-    scale_width: Tensor
-
-    def log_prob(self, loc: Tensor, scale: Tensor) -> Tensor:
-        """Scalar, nats: log p(θ0 = loc) + log p(scales), normalised."""
-        normal = -0.5 * ((loc - self.loc) / self.width) ** 2 - self.width.log()
-        half = -0.5 * (scale / self.scale_width) ** 2 - self.scale_width.log()
-        constant = 0.5 * math.log(2 * math.pi)
-        return (normal - constant).sum() + (half - constant + math.log(2)).sum()
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,13 +24,16 @@ class GaussianPrior:
 
     Attributes:
         loc: `[D]`, θ0.
-        log_scale: `[M]`, one learned log standard deviation per group of coordinates.
+        log_scale: `[M]`, one learned log standard deviation per module, a group of coordinates.
         groups: `[D]` int, which of the M scales each coordinate uses.
         factor: `[D, R]`, low-rank part of Σ; None for a diagonal Σ.
         hyperprior: belief about loc and scales, or None for a flat one.
+        module_names: of the M modules; None for their numbers.
+        bounds: `[2, M]`, least and largest standard deviation of each module while `fit` learns;
+            None for none.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes that do not fit together, or a scale beyond its bounds.
     """
 
     loc: Tensor
@@ -63,6 +41,8 @@ class GaussianPrior:
     groups: Tensor
     factor: Tensor | None = None
     hyperprior: Hyperprior | None = None
+    module_names: tuple[str, ...] | None = None
+    bounds: Tensor | None = None
 
     def __post_init__(self) -> None:
         dim = self.loc.shape[-1]
@@ -77,6 +57,12 @@ class GaussianPrior:
             )
         if self.factor is not None and (self.factor.dim() != 2 or len(self.factor) != dim):
             raise ValueError(f"factor has shape {tuple(self.factor.shape)}, wanted ({dim}, rank)")
+        if self.module_names is not None and len(self.module_names) != len(self.log_scale):
+            raise ValueError(
+                f"module_names has {len(self.module_names)} names for {len(self.log_scale)} scales"
+            )
+        if self.bounds is not None:
+            _check_bounds(self.bounds, self.log_scale.detach().exp(), self.modules.names)
 
     @classmethod
     def create(
@@ -84,11 +70,11 @@ class GaussianPrior:
         loc: Tensor,
         scale: float | Sequence[float] | Tensor,
         *,
-        groups: Tensor | None = None,
+        groups: Tensor | Modules | None = None,
         factor: Tensor | None = None,
         hyperprior: Hyperprior | None = None,
     ) -> GaussianPrior:
-        """A prior from standard deviations: one number, or one per coordinate (or per group).
+        """A prior from standard deviations: one number, or one per coordinate (or per module).
 
         Raises:
             ValueError: a scale that is not positive and finite.
@@ -108,16 +94,22 @@ class GaussianPrior:
             raise ValueError(f"scale has shape {tuple(sd.shape)}, wanted (1,) or ({len(loc)},)")
         if groups is None:
             groups = torch.arange(len(loc)) if len(sd) == len(loc) else torch.zeros(len(loc)).long()
-        return cls(loc, sd.log(), groups.to(loc.device), factor, hyperprior)
+        names = None
+        if isinstance(groups, Modules):
+            names, groups = groups.names, groups.groups
+            sd = sd.expand(len(names)) if len(sd) == 1 else sd
+        return cls(loc, sd.log(), groups.to(loc.device), factor, hyperprior, names)
 
     @classmethod
     def from_density(
         cls,
         density: Density,
         *,
-        scales: Grouping = "site",
+        scales: Partition | Callable[[str], str] | Modules = "site",
         rank: int = 0,
         hyperprior: bool = True,
+        scale_law: ScaleLaw = "half-normal",
+        bounds: tuple[float | Tensor, float | Tensor] | None = None,
     ) -> GaussianPrior:
         """Start from the prior that the user's model states for one task.
 
@@ -126,26 +118,45 @@ class GaussianPrior:
 
         Args:
             density: the model.
-            scales: one learned scale per `"coordinate"`, per `"site"` (default), or one for
-                `"all"` coordinates. A group's scale starts at its coordinates' geometric mean.
+            scales: the modules, which have one learned scale each: `"site"` (default), `"layer"`,
+                `"coordinate"`, `"all"` in one, a function from a site's name to its module's
+                (`Modules.of`), or any partition as `Modules`. A scale starts at the geometric mean
+                of its coordinates'.
             rank: number of columns of the low-rank part, up to D; it starts small and, since
                 identical columns would stay identical, different in each column.
             hyperprior: keep the user's prior as a weak belief about θ0 and the scales
                 (`Hyperprior`); False for a flat one.
+            scale_law: the law of the scales in that belief.
+            bounds: least and largest standard deviation while `fit` learns, numbers or `[M]`; a
+                scale that starts beyond them starts at the nearer one.
+
+        Example:
+            >>> import pyro, pyro.distributions as dist
+            >>> from varmeta import Density, Tasks
+            >>> def line(x, y=None):
+            ...     a = pyro.sample("a", dist.Normal(0.0, 1.0))
+            ...     b = pyro.sample("b", dist.Normal(torch.zeros(2), 3.0).to_event(1))
+            ...     with pyro.plate("rows", x.shape[0]):
+            ...         return pyro.sample("y", dist.Normal(a + x @ b, 1.0), obs=y)
+            >>> density = Density(line, Tasks.from_list([(torch.zeros(4, 2), torch.zeros(4))]))
+            >>> prior = GaussianPrior.from_density(density, scale_law="half-cauchy")
+            >>> print(prior.modules)
+            module  size
+                 a     1
+                 b     2
+            >>> prior.log_scale.exp()
+            tensor([1., 3.])
         """
-        if scales == "coordinate":
-            groups = torch.arange(density.dim)
-        elif scales == "site":
-            groups = density.site_index
-        elif scales == "all":
-            groups = torch.zeros(density.dim, dtype=torch.long)
-        else:
-            raise ValueError(f"scales must be 'coordinate', 'site' or 'all', got {scales!r}")
+        modules = scales if isinstance(scales, Modules) else Modules.of(density, scales)
         if not 0 <= rank <= density.dim:
             raise ValueError(f"rank must lie between 0 and {density.dim}, got {rank}")
-        groups = groups.to(density.prior_loc.device)
+        if len(modules.groups) != density.dim:
+            raise ValueError(
+                f"scales partitions {len(modules.groups)} coordinates, the density has "
+                f"{density.dim}"
+            )
         loc, width = density.prior_loc, density.prior_scale
-        count = int(groups.max()) + 1
+        groups, count = modules.groups.to(loc.device), len(modules)
         total = torch.zeros(count, dtype=width.dtype, device=width.device)
         log_scale = total.index_add(0, groups, width.log()) / groups.bincount(minlength=count)
         factor = None
@@ -153,11 +164,16 @@ class GaussianPrior:
             phase = torch.arange(density.dim, dtype=width.dtype, device=width.device)[:, None]
             wave = torch.arange(rank, dtype=width.dtype, device=width.device)
             factor = 0.1 * width[:, None] * torch.cos(math.pi * (phase + 0.5) * wave / density.dim)
-        belief = Hyperprior(loc, width, log_scale.exp()) if hyperprior else None
-        return cls(loc, log_scale, groups, factor, belief)
+        belief = Hyperprior(loc, width, log_scale.exp(), scale_law) if hyperprior else None
+        limits = None
+        if bounds is not None:
+            ends = [torch.as_tensor(b).to(log_scale).expand(count) for b in bounds]
+            limits = torch.stack(ends)
+            log_scale = log_scale.clamp(*limits.log())
+        return cls(loc, log_scale, groups, factor, belief, modules.names, limits)
 
     def moved(self, loc: Tensor, log_scale: Tensor, factor: Tensor | None) -> GaussianPrior:
-        """The same groups and hyperprior around other values of the same shapes.
+        """The same modules, hyperprior and bounds around other values of the same shapes.
 
         Nothing is checked, so that nothing waits for a device.
         """
@@ -170,6 +186,12 @@ class GaussianPrior:
     def dim(self) -> int:
         """D, the number of coordinates."""
         return self.loc.shape[-1]
+
+    @property
+    def modules(self) -> Modules:
+        """Which of its M scales each coordinate has."""
+        names = self.module_names or tuple(str(m) for m in range(self.log_scale.shape[-1]))
+        return Modules(names, self.groups)
 
     @property
     def scale(self) -> Tensor:
@@ -268,6 +290,27 @@ def log_det(scale: Tensor | None, factor: Tensor | None) -> Tensor:
     if factor is None:
         return out
     return out + 2 * _capacitance(scale, factor).diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+def _check_bounds(bounds: Tensor, scale: Tensor, names: tuple[str, ...]) -> None:
+    if tuple(bounds.shape) != (2, len(scale)):
+        raise ValueError(f"bounds has shape {tuple(bounds.shape)}, wanted (2, {len(scale)})")
+    low, high = bounds
+    bad = ~((low > 0) & (low <= high) & high.isfinite())
+    if bool(bad.any()):
+        m = int(bad.nonzero()[0])
+        raise ValueError(
+            f"bounds of module {names[m]!r} are {float(low[m]):g} and {float(high[m]):g}, wanted "
+            "0 < least <= largest"
+        )
+    slack = 8 * torch.finfo(scale.dtype).eps  # of the logarithm and back
+    out = (scale < low * (1 - slack)) | (scale > high * (1 + slack))
+    if bool(out.any()):
+        m = int(out.nonzero()[0])
+        raise ValueError(
+            f"the scale of module {names[m]!r} is {float(scale[m]):g}, beyond its bounds "
+            f"{float(low[m]):g} and {float(high[m]):g}"
+        )
 
 
 def _capacitance(scale: Tensor, factor: Tensor) -> Tensor:
