@@ -333,7 +333,7 @@ TABLE = [
     bad(
         "scales",
         lambda: GaussianPrior.from_density(DENSITY, scales="sites"),
-        *("scales must be 'coordinate', 'site' or 'all'", "got 'sites'"),
+        *("scales", "'site', 'layer', 'coordinate', 'all'", "got 'sites'"),
     ),
     bad("rank", lambda: GaussianPrior.from_density(DENSITY, rank=4), "rank", "0 and 3", "got 4"),
 ]

@@ -88,8 +88,8 @@ class Modules:
             labels = [site.name.rpartition(".")[0] or site.name for site in density.sites]
         else:
             raise ValueError(
-                f"by must be {', '.join(map(repr, get_args(Partition)))} or a function of a "
-                f"site's name, got {by!r}"
+                f"by (scales, of a prior) must be {', '.join(map(repr, get_args(Partition)))} or a "
+                f"function of a site's name, got {by!r}"
             )
         wrong = [label for label in labels if not isinstance(label, str)]
         if wrong:
