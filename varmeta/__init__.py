@@ -51,6 +51,7 @@ from varmeta.inference.stochastic import Stochastic, meta_gradient
 from varmeta.inference.svi import PyroSVI
 from varmeta.models import Density, GaussianPrior, hierarchy
 from varmeta.posterior import TaskPosterior
+from varmeta.shrinkage import Shrinkage
 from varmeta.tasks import Tasks, TaskSource
 
 __version__ = _version("varmeta-ppl")
@@ -108,6 +109,7 @@ __all__ = [
     "Reptile",
     "Reset",
     "Score",
+    "Shrinkage",
     "StationaryCovariance",
     "Stochastic",
     "Strategy",

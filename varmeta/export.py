@@ -15,6 +15,7 @@ from varmeta.inference.nuts import PyroNUTS
 from varmeta.models.density import Density
 from varmeta.posterior import Draws, Gaussian, TaskPosterior
 from varmeta.seeds import generator
+from varmeta.shrinkage import MOST_MODULES
 from varmeta.tasks import Tasks, TaskSource
 
 if TYPE_CHECKING:  # imported where it is used, so that `import varmeta` does not wait for it
@@ -25,7 +26,7 @@ Variables = dict[str, Variable]
 
 _SAMPLE, _PRIOR, _PREDICT = range(3)  # streams of the export's seed
 _DRAW = ("chain", "draw")
-_RESERVED = {*_DRAW, "task", "row", "input", "task_of_row", "row_id"}
+_RESERVED = {*_DRAW, "module", "task", "row", "input", "task_of_row", "row_id"}
 _WORST_IS_LOW = ("converged", "importance_ess")  # of the other diagnostics the largest is the worst
 
 
@@ -63,6 +64,9 @@ def to_arviz(
       nats, of each draw: both are densities of the unconstrained θ_i. ArviZ 1.x's
       `az.loo_approximate_posterior` takes them for the rows of one task, `loo` for all tasks.
       Left out where there are none.
+    - `shrinkage`: the columns of `fit.shrinkage()` for these tasks, `(module)`: `size`, `scale`,
+      `start`, `movement`, `relative`, `cost` (nats per task) and, for its verdict, `adapted`. A
+      group of varmeta's own; left out for a prior of more than 1,000 modules.
 
     With a `"delta"` posterior all draws are alike, which leaves PSIS (`az.loo`, `az.compare`)
     nothing to go by: ArviZ 0.x warns of every row, ArviZ 1.x raises.
@@ -104,6 +108,7 @@ def to_arviz(
         groups = _groups(fit, rows, posterior, trained, draws, seed)
     names = np.array(rows.names)
     coords = {
+        "module": ("module", np.array([n.replace("/", ".") for n in fit.prior.modules.names])),
         "task": ("task", names),
         "task_of_row": ("row", names.repeat(rows.num_rows.cpu().numpy())),
         "row_id": ("row", _numpy(rows.row_ids[rows.mask])),  # type: ignore[index]
@@ -166,6 +171,7 @@ def _groups(
         "observed_data": {target: _variable(target, rows.targets[rows.mask], "row")},
         "constant_data": constant,
         "sample_stats": stats,
+        "shrinkage": _shrinkage(fit, rows, posterior),
     }
 
 
@@ -249,6 +255,14 @@ def _training_stats(fit: Fit) -> dict[str, np.ndarray]:
         worst = np.fmin if name in _WORST_IS_LOW else np.fmax  # NaN is a fold that no step has seen
         out[name] = np.array([worst.reduce(value[owner == task]) for task in wanted])
     return out
+
+
+def _shrinkage(fit: Fit, rows: Tasks, posterior: TaskPosterior) -> Variables:
+    if len(fit.prior.log_scale) > MOST_MODULES:
+        return {}
+    table = fit.shrinkage(rows, posterior=posterior).table.set_index("module")
+    table["adapted"] = table.pop("verdict") == "adapted"
+    return {str(n): _variable(str(n), v.to_numpy(), "module") for n, v in table.items()}
 
 
 def _dataset(variables: Variables, coords: Mapping[str, tuple[str, np.ndarray]]) -> xr.Dataset:

@@ -22,6 +22,7 @@ from varmeta.comparison import Comparison
 from varmeta.inference.nuts import PyroNUTS
 from varmeta.inference.pooling import NoPooling
 from varmeta.posterior import TaskPosterior
+from varmeta.report_modules import module_comparison
 from varmeta.report_style import (
     BAND,
     DASHES,
@@ -238,8 +239,8 @@ def write_figures(comparison: Comparison, folder: str | PathLike[str]) -> list[P
     """All figures as PNG files (150 dpi) in `folder`, and their paths.
 
     `forest_<site>` and `shrinkage_<site>` for every adapted site of one value, with the component's
-    number appended for those of two to four; `training_curves` and `scores`. A file appears under
-    its name only when it is complete.
+    number appended for those of two to four; `modules`, `training_curves` and `scores`. A file
+    appears under its name only when it is complete.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
@@ -263,6 +264,7 @@ def write_figures(comparison: Comparison, folder: str | PathLike[str]) -> list[P
             name, which = (site.name, None) if count == 1 else (f"{site.name}_{k}", k)
             write(f"forest_{name}", forest(comparison, site.name, which))
             write(f"shrinkage_{name}", shrinkage(comparison, site.name, which))
+    write("modules", module_comparison(comparison))
     write("training_curves", training_curves(comparison))
     write("scores", scores(comparison))
     return written

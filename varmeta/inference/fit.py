@@ -29,6 +29,7 @@ from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import TaskPosterior
 from varmeta.seeds import generator
+from varmeta.shrinkage import MOST_MODULES, Shrinkage, find_shrinkage, scales_path
 from varmeta.tasks import Tasks, TaskSource
 
 _BATCH, _STEP, _ADAPT, _INIT = range(4)  # streams of a fit's seed
@@ -48,6 +49,7 @@ class Fit:
         history: one row per step: `step`, `loss` (nats per task), `gradients` (evaluations so far),
             `seconds`, and the worst `grad_norm` and `residual` over tasks where there are any.
         stats: per-task diagnostics `[T]` of the last visit to each training task.
+        path: `[M]` each, what `scales` is made of.
     """
 
     strategy: Strategy
@@ -57,6 +59,7 @@ class Fit:
     seed: int
     history: pd.DataFrame
     stats: dict[str, Tensor] = field(default_factory=dict)
+    path: list[Tensor] = field(default_factory=list)
 
     @property
     def prior(self) -> GaussianPrior:
@@ -67,6 +70,15 @@ class Fit:
     def shared(self) -> Tensor:
         """The learned φ `[P]`, unconstrained."""
         return self.state.meta.fixed()[1]
+
+    @property
+    def scales(self) -> Tensor | None:
+        """`[steps, M]`, each module's standard deviation after each step.
+
+        None with more than 1,000 modules, and where no step but the last moved a scale: it is not
+        learned, or set once (`CompletePooling`, `PyroNUTS`). NaN where an old checkpoint had none.
+        """
+        return scales_path(self.path, self.state.meta.origin, len(self.history))
 
     @property
     def finished(self) -> bool:
@@ -111,6 +123,26 @@ class Fit:
             _noise(self.density, self.seed, _ADAPT),
         )
 
+    def shrinkage(
+        self,
+        tasks: Tasks | None = None,
+        *,
+        posterior: TaskPosterior | None = None,
+        least: float = 0.1,
+    ) -> Shrinkage:
+        """Which modules adapt to a task and which are shared, and the scales that say so.
+
+        Args:
+            tasks: tasks to look at, with all of their rows; the training tasks if None.
+            posterior: of these tasks, if you have it already.
+            least: nats per task from which a module counts as adapted, see `Shrinkage`.
+
+        Raises:
+            ValueError: no tasks for a run on a stream, a posterior of other tasks, more than 1,000
+                modules, `least` not positive.
+        """
+        return find_shrinkage(self, tasks, posterior, least)
+
     def save(self, path: str | PathLike[str]) -> None:
         """Write the state and history; tensors and numbers only, loadable with `weights_only`."""
         saved = {
@@ -119,6 +151,7 @@ class Fit:
             "strategy": repr(self.strategy),
             "history": {str(k): v.tolist() for k, v in self.history.items()},
             "stats": self.stats,
+            "path": torch.stack(self.path) if self.path else [],
         }
         target = Path(path)
         part = target.with_name(target.name + ".part")  # never a half-written file under the name
@@ -216,6 +249,7 @@ class _Run:
         self.state, self.seed, self.batch_size = state, seed, batch_size
         self.rows: list[dict[str, float]] = []
         self.stats: dict[str, Tensor] = {}
+        self.path: list[Tensor] = []  # scales after each step
         self.order: tuple[int, Tensor] | None = None  # an epoch, and its order of the tasks
         self.whole = True  # not within a step, which may have changed half of the state
 
@@ -256,10 +290,8 @@ class _Run:
                     saved = time.monotonic()
 
     def result(self) -> Fit:
-        history = pd.DataFrame(self.rows)
-        return Fit(
-            self.strategy, self.density, self.tasks, self.state, self.seed, history, self.stats
-        )
+        history, given = pd.DataFrame(self.rows), (self.strategy, self.density, self.tasks)
+        return Fit(*given, self.state, self.seed, history, self.stats, self.path)
 
     def load(self, path: Path) -> None:
         saved = torch.load(path, weights_only=True)
@@ -272,6 +304,7 @@ class _Run:
         self.state.load_state_dict(saved["state"])
         self.rows = pd.DataFrame(saved["history"]).to_dict("records")  # type: ignore[assignment]
         self.stats = saved["stats"]
+        self.path = list(saved.get("path", []))
 
     def _batch(self, step: int) -> Batch:
         if isinstance(self.training, TaskSource):
@@ -305,6 +338,9 @@ class _Run:
                 worst = float(value.sum() if value.dtype == torch.bool else value.max())
             row[name] = worst
         self.rows.append(row)
+        meta = self.state.meta
+        if len(meta.raw["log_scale"]) <= MOST_MODULES:  # on the device, which nothing waits for
+            self.path.append((meta.origin.log_scale + meta.raw["log_scale"]).exp().detach())
         if isinstance(self.training, TaskSource):
             self.stats = dict(info.stats)
             return
