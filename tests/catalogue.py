@@ -15,7 +15,9 @@ from varmeta import (
     AmortisedVariational,
     BasinCorrected,
     BismutElworthyLi,
+    BlockDiagonal,
     CompletePooling,
+    Diagonal,
     EvolutionStrategies,
     GatedPathwise,
     GradientDescent,
@@ -30,12 +32,17 @@ from varmeta import (
     OneStep,
     Pathwise,
     PersistentES,
+    PriorDominated,
+    ProximalDescent,
     PyroNUTS,
     PyroSVI,
     RandomRestarts,
     Reptile,
     Reset,
     Score,
+    SigmaIMAML,
+    SigmaMAML,
+    SigmaReptile,
     StationaryCovariance,
     Stochastic,
     Strategy,
@@ -86,6 +93,30 @@ CATALOGUE = {
     "fomaml": Entry(FOMAML(steps=6, minimiser=FEW), separate=True),
     "meta-sgd": Entry(MetaSGD(steps=6, minimiser=FEW), separate=True),
     "reptile": Entry(Reptile(steps=6, minimiser=FEW), separate=True),
+    "sigma-imaml": Entry(SigmaIMAML(steps=6), separate=True),
+    "sigma-imaml, block-diagonal, joint": Entry(
+        SigmaIMAML(steps=6, adjoint=Implicit(BlockDiagonal()), loc_from="joint"), separate=True
+    ),
+    "sigma-imaml, diagonal": Entry(
+        SigmaIMAML(steps=6, adjoint=Implicit(Diagonal()), minimiser=ProximalDescent(0.01, 100)),
+        separate=True,
+    ),
+    "sigma-imaml, prior-dominated": Entry(
+        SigmaIMAML(steps=6, adjoint=Implicit(PriorDominated())), separate=True
+    ),
+    "sigma-maml": Entry(
+        SigmaMAML(steps=4, minimiser=ProximalDescent(0.01, 20, tolerance=0)), separate=True
+    ),
+    "sigma-maml, scales implicit, joint": Entry(
+        SigmaMAML(
+            steps=4,
+            minimiser=ProximalDescent(0.01, 20, tolerance=0),
+            scale_adjoint=Implicit(Diagonal(probes=2)),
+            loc_from="joint",
+        ),
+        separate=True,
+    ),
+    "sigma-reptile": Entry(SigmaReptile(steps=6), separate=True),
     "amortised": Entry(AmortisedVariational(steps=6), separate=True),
     "amortised query": Entry(AmortisedVariational(outside="query", steps=6), separate=True),
     "amortised laplace": Entry(

@@ -15,6 +15,7 @@ from varmeta.inference.amortised import (
     LaplaceEvidence,
     laplace_evidence,
 )
+from varmeta.inference.approximate import BlockDiagonal, Diagonal, PriorDominated
 from varmeta.inference.at_ends import (
     BasinCorrected,
     ImplicitAtParticles,
@@ -38,7 +39,7 @@ from varmeta.inference.linear import CG, Cholesky, Neumann
 from varmeta.inference.logdet import LogDet
 from varmeta.inference.maml import FOMAML, MAML, MetaSGD, Reptile
 from varmeta.inference.mechanisms import Mechanisms, mechanisms, mechanisms_at
-from varmeta.inference.minimise import Adam, GradientDescent
+from varmeta.inference.minimise import Adam, GradientDescent, ProximalDescent
 from varmeta.inference.minres import MINRES
 from varmeta.inference.newton import NewtonCG
 from varmeta.inference.nuts import PyroNUTS
@@ -47,9 +48,10 @@ from varmeta.inference.pooling import CompletePooling, NoPooling
 from varmeta.inference.prox import Detached, Implicit, OneStep, Unrolled, prox
 from varmeta.inference.reachability import reachability_gap
 from varmeta.inference.resets import Reset
+from varmeta.inference.sigma import SigmaIMAML, SigmaMAML, SigmaReptile
 from varmeta.inference.stochastic import Stochastic, meta_gradient
 from varmeta.inference.svi import PyroSVI
-from varmeta.models import Density, GaussianPrior, hierarchy
+from varmeta.models import Density, GaussianPrior, Modules, hierarchy
 from varmeta.posterior import TaskPosterior
 from varmeta.shrinkage import Shrinkage
 from varmeta.tasks import Tasks, TaskSource
@@ -70,12 +72,14 @@ __all__ = [
     "BasinCorrected",
     "Basins",
     "BismutElworthyLi",
+    "BlockDiagonal",
     "Cholesky",
     "Comparison",
     "CompletePooling",
     "CurvatureGated",
     "Density",
     "Detached",
+    "Diagonal",
     "Evidence",
     "EvolutionStrategies",
     "Fit",
@@ -94,6 +98,7 @@ __all__ = [
     "Mechanisms",
     "MetaSGD",
     "ModePath",
+    "Modules",
     "Neumann",
     "NewtonCG",
     "NoPooling",
@@ -102,6 +107,8 @@ __all__ = [
     "OneStep",
     "Pathwise",
     "PersistentES",
+    "PriorDominated",
+    "ProximalDescent",
     "PyroNUTS",
     "PyroSVI",
     "RandomDescent",
@@ -110,6 +117,9 @@ __all__ = [
     "Reset",
     "Score",
     "Shrinkage",
+    "SigmaIMAML",
+    "SigmaMAML",
+    "SigmaReptile",
     "StationaryCovariance",
     "Stochastic",
     "Strategy",

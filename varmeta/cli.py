@@ -25,6 +25,7 @@ from varmeta.inference.maml import FOMAML, MAML, MetaSGD, Reptile
 from varmeta.inference.nuts import PyroNUTS
 from varmeta.inference.pooling import CompletePooling, NoPooling
 from varmeta.inference.resets import Reset
+from varmeta.inference.sigma import SigmaIMAML, SigmaMAML, SigmaReptile
 from varmeta.inference.stochastic import Stochastic
 from varmeta.inference.svi import PyroSVI
 from varmeta.models.sites import Model
@@ -37,6 +38,9 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "fomaml": FOMAML,
     "meta-sgd": MetaSGD,
     "reptile": Reptile,
+    "sigma-imaml": SigmaIMAML,
+    "sigma-maml": SigmaMAML,
+    "sigma-reptile": SigmaReptile,
     "amortised": AmortisedVariational,
     "laplace-evidence": LaplaceEvidence,
     "abml": ABML,

@@ -223,6 +223,12 @@ def _check_strategy(strategy: Any) -> None:
             f"strategy is {kind.__name__}, whose losses want {', '.join(wanted)} as well: its "
             f"gradient is random and has no finite differences; {works}"
         )
+    if getattr(strategy, "loc_from", "") == "joint":
+        raise ValueError(
+            f"strategy is {kind.__name__} with loc_from='joint': θ0 and the scales follow two "
+            "objectives, and no function has both as its gradient. Check it with "
+            "loc_from='validation' (SigmaIMAML)"
+        )
     # A subclass that learns from other losses than those that it has inherited (Reptile).
     if not issubclass(_owner(kind, "losses"), _owner(kind, "task_losses")):
         raise ValueError(

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -242,6 +242,52 @@ class GradientDescent(FirstOrder):
             return torch.sub(theta, grad, alpha=self.step_size), ()
         step = self.momentum * memory[0] - self.step_size * grad
         return theta + step, (step,)
+
+
+@dataclass(frozen=True, eq=False)
+class ProximalDescent(GradientDescent):
+    """Gradient descent on f that takes the prior's pull implicitly, so that no scale is too small.
+
+    θ⁺ = argmin_t ∇f(θ)ᵀt + ½‖t − θ‖²/η + ½(t − θ0)ᵀΛ(t − θ0), the proximal gradient step (Parikh &
+    Boyd, 2014, Proximal Algorithms, section 4.2). For a diagonal Λ it is a gradient step on
+    E = f + ½‖θ − θ0‖²_Λ of size 1/(1/η + λ_j) in coordinate j: a bare step of size η diverges where
+    a scale is below √(η/2), and a scale that is learned can become so small. (Of a low-rank Λ the
+    diagonal part alone is taken implicitly, which is at least as much.) Without a prior in the
+    energy it is gradient descent.
+
+    Attributes:
+        step_size: η, units of θ² per nat; below 2 over the largest curvature of f, whatever Λ is.
+
+    The other attributes are those of `GradientDescent`.
+    """
+
+    @property
+    def uniform(self) -> bool:
+        """See `FirstOrder`: the steps' sizes are those of the energy's prior."""
+        return False
+
+    def minimise(self, energy: Energy | Callable[[Tensor], Tensor], start: Tensor) -> Minimum:
+        """See `Minimiser.minimise`."""
+        return self._given(energy).minimise(energy, start)
+
+    def run(
+        self,
+        energy: Energy,
+        start: Tensor,
+        *,
+        every: int | None = None,
+        first_order: bool = False,
+    ) -> Path:
+        """See `FirstOrder.run`; differentiable in the scales through the step sizes as well."""
+        return self._given(energy).run(energy, start, every=every, first_order=first_order)
+
+    def _given(self, energy: Any) -> GradientDescent:
+        step, prior = self.step_size, getattr(energy, "prior", None)
+        if prior is not None:
+            step = 1 / (1 / step + prior.scale**-2)
+        return GradientDescent(
+            step, self.max_iterations, self.tolerance, self.momentum, self.precision
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from varmeta.inference.approximate import NeedsPrior, bound
 from varmeta.inference.energy import Energy, as_energy
 from varmeta.inference.linear import CG, LinearSolver, default_tolerance
 from varmeta.inference.minimise import Minimum, check_budget, goal_norm
@@ -39,7 +40,7 @@ class NewtonCG:
 
     max_iterations: int = 50
     tolerance: float | None = None
-    solver: LinearSolver = field(default_factory=lambda: CG(max_iterations=50))
+    solver: LinearSolver | NeedsPrior = field(default_factory=lambda: CG(max_iterations=50))
     curvature: Curvature = "hessian"
 
     def __post_init__(self) -> None:
@@ -59,7 +60,7 @@ class NewtonCG:
         value, grad = at.value, at.grad.detach()
         start_norm = grad.norm(dim=-1)
         goal = goal_norm(start_norm, self.tolerance, grad.dtype)
-        flat = default_tolerance(theta.dtype)
+        flat, solver = default_tolerance(theta.dtype), bound(self.solver, energy)
         iterations = torch.zeros(len(theta), dtype=torch.long, device=theta.device)
         stalled = torch.zeros_like(goal, dtype=torch.bool)
         gradients = 1
@@ -74,7 +75,7 @@ class NewtonCG:
             if self.curvature == "gauss_newton":
                 product = energy.linearise(theta, gauss_newton=True).product
                 gradients += 1
-            solution = self.solver.solve(product, right, forcing)
+            solution = solver.solve(product, right, forcing)
             slope = (solution.x * grad).sum(-1)
             downhill = (slope < 0)[:, None]
             step = torch.where(downhill, solution.x, right)

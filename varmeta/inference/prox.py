@@ -19,10 +19,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from varmeta.inference.approximate import NeedsPrior, bound
 from varmeta.inference.energy import Energy, as_energy
 from varmeta.inference.linear import CG, LinearSolver, MatVec
 from varmeta.inference.minimise import FirstOrder, Minimiser, Minimum
 from varmeta.inference.newton import Curvature, NewtonCG, check_curvature
+from varmeta.models.programs import Linearised
 
 
 @dataclass(eq=False)
@@ -92,14 +94,15 @@ class Implicit:
 
     Attributes:
         solver: for (∇²E)x = v; the default runs to convergence, `CG(max_iterations=5, tolerance=0)`
-            is the paper's budget.
+            is the paper's budget. `BlockDiagonal`, `Diagonal` and `PriorDominated` are cheaper
+            stand-ins that know the prior.
         curvature: `"hessian"`, or `"gauss_newton"`: the part of ∇²E without the model's own second
             derivatives. It is positive definite where −log p(y | z) is convex in the parameters z
             of the rows' law (a normal mean, logits), also where θ* is no minimum; exact where
             the model is linear in θ or fits without residuals.
     """
 
-    solver: LinearSolver = field(default_factory=CG)
+    solver: LinearSolver | NeedsPrior = field(default_factory=CG)
     curvature: Curvature = "hessian"
 
     def __post_init__(self) -> None:
@@ -109,14 +112,26 @@ class Implicit:
         """See `Adjoint.solve`."""
         minimum = minimiser.minimise(energy, start)
         info = ProxInfo.of(minimum)
-        if not minimum.at.grad.requires_grad:
-            return minimum.theta, info
-        product = minimum.at.product
+        return minimum.theta + self.correction(energy, minimum.theta, minimum.at, info), info
+
+    def correction(self, energy: Energy, theta: Tensor, at: Linearised, info: ProxInfo) -> Tensor:
+        """0 `[T, D]`, with the derivative of a minimum at θ `[T, D]` that was found somehow.
+
+        Args:
+            energy: that has the minimum.
+            theta: without a derivative of its own.
+            at: `energy.linearise(theta)`.
+            info: what the solve is to be noted in, when backward has run.
+        """
+        if not at.grad.requires_grad:
+            return torch.zeros_like(theta)
+        product = at.product
         if self.curvature == "gauss_newton":
-            product = energy.linearise(minimum.theta, gauss_newton=True).product
+            product = energy.linearise(theta, gauss_newton=True).product
             info.gradients += 1
-        correction: Tensor = _ImplicitCorrection.apply(minimum.at.grad, product, self.solver, info)
-        return minimum.theta + correction, info
+        solver = bound(self.solver, energy)
+        correction: Tensor = _ImplicitCorrection.apply(at.grad, product, solver, info)
+        return correction
 
 
 @dataclass(frozen=True)

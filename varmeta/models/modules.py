@@ -66,7 +66,7 @@ class Modules:
         Example:
             >>> import pyro.distributions as dist
             >>> from torch import nn
-            >>> from varmeta import Tasks
+            >>> from varmeta import Density, Tasks
             >>> from varmeta.models import network
             >>> mlp = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
             >>> tasks = Tasks.from_list([(torch.zeros(5, 1), torch.zeros(5))])

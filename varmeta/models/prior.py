@@ -202,6 +202,11 @@ class GaussianPrior:
         """Λv for v of shape `[..., D]`; Woodbury where there is a low-rank part."""
         return precision_mv(v, self.scale, self.factor)
 
+    def covariance_mv(self, v: Tensor) -> Tensor:
+        """Σv for v of shape `[..., D]`."""
+        out = self.scale**2 * v
+        return out if self.factor is None else out + (v @ self.factor) @ self.factor.T
+
     def precision(self) -> Tensor:
         """Λ as a `[D, D]` matrix, for small D."""
         return self.precision_mv(torch.eye(self.dim, dtype=self.loc.dtype, device=self.loc.device))
@@ -227,7 +232,7 @@ class GaussianPrior:
         """
         trace: Tensor | float = 0.0
         if sd is not None:
-            trace = trace + (sd**2 * self._precision_diagonal()).sum(-1)
+            trace = trace + (sd**2 * self.precision_diagonal()).sum(-1)
         if factor is not None:
             trace = trace + (factor.mT * self.precision_mv(factor.mT)).sum((-2, -1))
         spread = trace - self.dim + self.log_det() - log_det(sd, factor)
@@ -252,7 +257,8 @@ class GaussianPrior:
         out = (self.scale**2).diag()
         return out if self.factor is None else out + self.factor @ self.factor.T
 
-    def _precision_diagonal(self) -> Tensor:
+    def precision_diagonal(self) -> Tensor:
+        """`[D]`, the diagonal of Λ."""
         inverse = self.scale**-2
         if self.factor is None:
             return inverse
