@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 
 _COLLAPSED = 0.01  # of the scale at the start
@@ -38,7 +37,7 @@ _FINDINGS: tuple[tuple[str, Callable[[Tensor], Tensor], str], ...] = (
         "residual",
         lambda value: value > LOOSE,
         "{} ended the implicit solve with a relative residual above a tenth: raise the solver's "
-        "max_iterations",
+        "max_iterations, or take a closer stand-in for the inverse (CG is exact)",
     ),
 )
 
@@ -71,8 +70,8 @@ def warn_of(name: str, stats: Mapping[str, Tensor]) -> None:
         warnings.warn(f"{name}: {'; '.join(said)}", RuntimeWarning, stacklevel=3)
 
 
-def warn_of_collapse(name: str, density: Density, start: GaussianPrior, end: GaussianPrior) -> None:
-    """Name the sites whose learned scale fell below a hundredth of where it started.
+def warn_of_collapse(name: str, start: GaussianPrior, end: GaussianPrior) -> None:
+    """Name the modules whose learned scale fell below a hundredth of where it started.
 
     A scale of exactly 0 is not learned but stated (`CompletePooling`).
     """
@@ -80,13 +79,15 @@ def warn_of_collapse(name: str, density: Density, start: GaussianPrior, end: Gau
     small = (ratio < _COLLAPSED) & (ratio > 0)
     if not bool(small.any()):
         return
-    sites = density.site_index.to(small.device)[small[end.groups]].unique().tolist()
-    shown = ", ".join(repr(density.sites[k].name) for k in sites[:5])
+    modules = zip(end.modules.names, small.tolist(), strict=True)
+    names = [module for module, collapsed in modules if collapsed]
+    shown = ", ".join(map(repr, names[:5])) + f" and {len(names) - 5} more" * (len(names) > 5)
     warnings.warn(
         f"{name}: the scale of {shown} fell to {float(ratio[small].max()):.1g} of its start or "
-        "less, so that new tasks hardly adapt in it. Tasks may not differ there (name the site in "
-        "shared=); or there are too few of them to tell, where a point estimate of a scale goes to "
-        "0 and PyroNUTS does not; or q is diagonal and prunes what q='full' keeps",
+        "less, so that new tasks hardly adapt in it; fit.shrinkage() says what that costs. Tasks "
+        "may not differ there (name the site in shared=); or there are too few of them to tell, "
+        "where a point estimate of a scale goes to 0 and PyroNUTS does not; or q is diagonal and "
+        "prunes what q='full' keeps",
         RuntimeWarning,
         stacklevel=3,
     )

@@ -228,7 +228,7 @@ def fit(
     if path is not None:
         result.save(path)
     warn_of(strategy.name, result.stats)
-    warn_of_collapse(strategy.name, density, prior, result.prior)
+    warn_of_collapse(strategy.name, prior, result.prior)
     return result
 
 

@@ -331,6 +331,9 @@ class Adam(FirstOrder):
         second = b * second + (1 - b) * grad**2
         # eps² inside the root: its derivative at 0 must be finite for an unrolled run.
         size = (second / (1 - b ** (count + 1)) + self.eps**2).sqrt()
+        # At rest, as a task without rows is at θ0, a slope of 1/eps in each step would be raised to
+        # the power of their number, and what cancels in theory would drown all other tasks.
+        size = torch.where(second > 0, size, 1.0)
         step = self.step_size * (first / (1 - a ** (count + 1))) / size
         return theta - step, (first, second)
 

@@ -167,7 +167,8 @@ class GaussianPrior:
         belief = Hyperprior(loc, width, log_scale.exp(), scale_law) if hyperprior else None
         limits = None
         if bounds is not None:
-            ends = [torch.as_tensor(b).to(log_scale).expand(count) for b in bounds]
+            like: Any = {"dtype": log_scale.dtype, "device": log_scale.device}
+            ends = [torch.as_tensor(b, **like).expand(count) for b in bounds]
             limits = torch.stack(ends)
             log_scale = log_scale.clamp(*limits.log())
         return cls(loc, log_scale, groups, factor, belief, modules.names, limits)
