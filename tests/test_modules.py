@@ -223,7 +223,9 @@ def test_the_closed_form_is_only_for_laws_that_have_one() -> None:
     with pytest.raises(ValueError, match="has none for half-cauchy scales"):
         fit(strategy, CASE.density, CASE.tasks.support, prior=prior_with("half-cauchy"))
     flat = fit(strategy, CASE.density, CASE.tasks.support, prior=prior_with("flat"))
-    none = fit(strategy, CASE.density, CASE.tasks.support, prior=prior_with("flat", hyperprior=False))
+    none = fit(
+        strategy, CASE.density, CASE.tasks.support, prior=prior_with("flat", hyperprior=False)
+    )
     assert flat.prior.loc.dtype == FLOAT
     assert torch.isclose(flat.prior.log_scale, none.prior.log_scale, rtol=1e-3).all()
 
