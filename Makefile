@@ -52,7 +52,7 @@ format: venv ## sort imports and format
 
 test-arviz1: .venv-arviz1/.installed ## export and evidence with ArviZ 1.x (PYTHON_ARVIZ1=python3.12+)
 	OMP_NUM_THREADS=1 .venv-arviz1/bin/python -m pytest tests/test_export*.py \
-		tests/test_evidence.py $(PYTEST_ARGS)
+		tests/test_evidence.py tests/test_shrinkage_table.py $(PYTEST_ARGS)
 
 .venv-arviz1/.installed: pyproject.toml constraints.txt
 	@$(PYTHON_ARVIZ1) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \

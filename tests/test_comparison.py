@@ -198,6 +198,11 @@ def test_folder_finish_overwrite_resume(tmp_path: Path, monkeypatch: pytest.Monk
     assert not any("part" in name for name in files)
     written = pd.read_csv(folder / "table.csv")
     assert np.allclose(written["elpd"], result.table["elpd"])
+    modules = pd.read_csv(folder / "modules.csv")
+    for name, outcome in result.outcomes.items():
+        own = outcome.fit.shrinkage(posterior=outcome.known).table
+        mine = modules[modules["strategy"] == name].drop(columns="strategy")
+        pd.testing.assert_frame_equal(mine.reset_index(drop=True), own)
 
     with pytest.raises(FileExistsError, match=r"finished run.*--overwrite"):
         compare(strategies, density, train, new, draws=50, folder=folder)

@@ -27,6 +27,7 @@ from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import Gaussian, TaskPosterior
 from varmeta.runs import RunFolder
 from varmeta.seeds import generator
+from varmeta.shrinkage import MOST_MODULES
 from varmeta.tasks import Tasks
 
 KNOWN, NEW = "known tasks", "new tasks"
@@ -91,6 +92,19 @@ class Comparison:
             console.print(table)
         text: str = console.file.getvalue()  # type: ignore[attr-defined]
         return text
+
+    def shrinkage(self, least: float = 0.1) -> pd.DataFrame:
+        """`fit.shrinkage(least=least)` of every strategy, with `strategy` as first column.
+
+        Raises:
+            ValueError: more than 1,000 modules.
+        """
+        tables = []
+        for name, outcome in self.outcomes.items():
+            found = outcome.fit.shrinkage(posterior=outcome.known, least=least).table
+            found.insert(0, "strategy", name)
+            tables.append(found)
+        return pd.concat(tables, ignore_index=True)
 
     def rich_tables(self) -> list[Table]:
         """The table for reading, one for each set of tasks."""
@@ -211,6 +225,9 @@ def _write(comparison: Comparison, run: RunFolder) -> None:
     run.add(write_figures(comparison, run.folder))
     with run.writing("table.csv") as path:
         comparison.table.to_csv(path, index=False)
+    if all(len(o.fit.prior.modules) <= MOST_MODULES for o in comparison.outcomes.values()):
+        with run.writing("modules.csv") as path:
+            comparison.shrinkage().to_csv(path, index=False)
     run.finish()
 
 
