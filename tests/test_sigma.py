@@ -18,6 +18,7 @@ from linear_gaussian import LinearGaussian
 from torch import Tensor
 
 from varmeta import (
+    CG,
     Cholesky,
     Density,
     GaussianPrior,
@@ -315,3 +316,24 @@ def test_bounds_are_kept_and_a_scale_that_wants_to_leave_stays_at_the_edge() -> 
         scale = done.prior.log_scale.exp()
         assert bool(((scale >= low - 1e-12) & (scale <= high + 1e-12)).all()) and len(seen) == 30
         assert bool(((scale - low).abs() < 1e-9).any() | ((scale - high).abs() < 1e-9).any())
+
+
+def test_of_two_solves_the_worse_one_is_reported() -> None:
+    problem, prior = modular()
+    case = replace(case_of(problem), prior=prior)
+    prior, shared, leaves = leaves_of(case)
+    reported = []
+    for own, scales in (
+        (Implicit(), PriorDominated()),
+        (Implicit(PriorDominated()), None),
+        (Implicit(PriorDominated()), CG()),
+    ):
+        strategy = SigmaIMAML(
+            adjoint=own, scale_adjoint=None if scales is None else Implicit(scales)
+        )
+        losses, info = strategy.losses(case.density, prior, shared, case.tasks)
+        torch.autograd.grad(losses.sum(), leaves[:2])
+        reported.append(info.residual)
+    assert_close(reported[0], reported[1], 1e-9)
+    assert_close(reported[2], reported[1], 1e-9)
+    assert float(reported[1].min()) > 1e-3  # type: ignore[union-attr]

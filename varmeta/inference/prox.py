@@ -279,7 +279,10 @@ class _ImplicitCorrection(torch.autograd.Function):
                 "lack the change of the Hessian"
             )
         solution = ctx.solver.solve(ctx.matvec, v[0])
-        ctx.info.residual = solution.residual
-        ctx.info.negative_curvature = solution.negative_curvature
-        ctx.info.gradients += 2 * solution.products + 2  # and the pullback
+        info, residual = ctx.info, solution.residual
+        if info.residual is not None:  # two blocks may have a solve each: the worse one counts
+            residual = torch.maximum(residual, info.residual)
+        info.residual = residual
+        info.negative_curvature = info.negative_curvature | solution.negative_curvature
+        info.gradients += 2 * solution.products + 2  # and the pullback
         return -solution.x, None, None, None
