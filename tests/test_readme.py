@@ -33,7 +33,16 @@ SMALL = {  # the options that make an example small, and what it then says
         "--problems spirals --widths 4 --tasks 2 --train 20 --steps 5",
         "two parabolas",
     ),
+    "shrinkage.py": (
+        "--seeds 1 --steps 1 --small --problems linear --parts recovery",
+        "PriorDominated",
+    ),
     "sinusoids.py": ("--steps 3 --tasks 4", "adapted"),
+    "which_coefficients.py": (
+        "--problem sleepstudy --draws 5 --chains 2 --steps 5 --part learned",
+        "learned scales",
+    ),
+    "which_layers.py": ("--kinds ink --seeds 1 --steps 2 --width 4 --new 10", "only the last"),
 }
 
 
