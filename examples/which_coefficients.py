@@ -265,6 +265,38 @@ def profile(name: str, tasks: vm.Tasks, names: list[str], which: int, seeds: int
     return pd.DataFrame(rows)
 
 
+def influence(
+    name: str, tasks: vm.Tasks, names: list[str], which: int, value: float, seeds: int
+) -> pd.DataFrame:
+    """Which groups the validation loss's minimum hangs on.
+
+    `against` is a group's share of the profile's difference between the scale `value` and a small
+    one, nats; the exact minimum without that group and those above it in the table follows, next
+    to the marginal likelihood's. The groups are chosen for what they do: it is no test.
+    """
+    size, unit, small = SHARED[name], UNITS[name], float(GRIDS[name][0])
+    shares = []
+    for seed in range(seeds):
+        linear = Linear.of(tasks.folds(5, seed=seed), size, unit)
+        at, low = linear.minimum("validation, point", (which, small))
+        _, high = linear.minimum("validation, point", (which, value), at)
+        shares.append(pd.Series((high - low).numpy()).groupby(linear.owner).sum())
+    against = pd.concat(shares, axis=1).mean(axis=1).sort_values(ascending=False)
+    rows = []
+    for count in range(4):
+        gone = list(against.index[:count])
+        rest = tasks.select([k for k, label in enumerate(tasks.names) if label not in gone])
+        splits = [Linear.of(rest.folds(5, seed=k), size, unit) for k in range(seeds)]
+        found = [s.scales(s.minimum("validation, point")[0])[which] for s in splits]
+        whole = Linear.of(rest.unsplit, size, unit)
+        row = {"without": gone[-1] if gone else "-", "against": float(against.iloc[count - 1])}
+        row |= {"median": np.median(found), "least": min(found), "most": max(found)}
+        row["marginal"] = whole.scales(whole.minimum("marginal likelihood")[0])[which]
+        rows.append(row)
+    rows[0]["against"] = float(against.sum())
+    return pd.DataFrame(rows)
+
+
 def replicates(
     name: str, tasks: vm.Tasks, names: list[str], truth: pd.Series, scales: np.ndarray, count: int
 ) -> pd.DataFrame:
@@ -369,6 +401,9 @@ def main(
             at_folds = optima(name, tasks, names, seeds)
             tables["exact minima, by folds"] = spread(at_folds, ["criterion", "folds"], names)
             scales = truth["median"].to_numpy()
+            for k, coefficient in enumerate(names):
+                hang = influence(name, tasks, names, k, float(scales[k]), seeds)
+                tables[f"{coefficient} without the groups most against it"] = hang
             again = replicates(name, tasks, names, means, scales, drawn)
             title = "exact minima on data drawn with scales " + ", ".join(
                 f"{s:.3g}" for s in scales

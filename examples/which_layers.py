@@ -180,8 +180,9 @@ def characters(data: Images, tasks: int, new: bool) -> Callable[[torch.Generator
 def ink(data: Images, tasks: int, new: bool) -> Callable[[torch.Generator], vm.Tasks]:
     """The common classes, each image with another of them over it in a second ink.
 
-    An ink is a direction in the plane of two colour channels, and the other ink is at right angles
-    to it; the task's direction is uniform on the circle. New: other inks, and other drawers.
+    An ink is a direction in the plane of two colour channels, uniform on the circle, and the other
+    ink is at right angles to it, on either side: were it always on the same, an image by itself
+    would say which of its two inks counts. New: other inks, and other drawers.
     """
 
     def draw(source: torch.Generator) -> vm.Tasks:
@@ -195,8 +196,9 @@ def ink(data: Images, tasks: int, new: bool) -> Callable[[torch.Generator], vm.T
         ]
         other = shifted(other, source)
         angle = 2 * torch.pi * torch.rand(tasks, 1, 1, 1, 1, generator=source)
-        red = angle.cos() * glyph - angle.sin() * other
-        blue = angle.sin() * glyph + angle.cos() * other
+        sign = 2.0 * torch.randint(2, angle.shape, generator=source) - 1
+        red = angle.cos() * glyph - sign * angle.sin() * other
+        blue = angle.sin() * glyph + sign * angle.cos() * other
         return as_tasks(torch.stack([red, blue], 3))
 
     return draw
