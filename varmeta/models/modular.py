@@ -70,6 +70,16 @@ class PlantedModules:
         unit = torch.randn(shape, generator=generator, dtype=self.loc.dtype)
         return self.loc + self.scales[self.modules.groups] * unit
 
+    def spread(self, loc: Tensor) -> Tensor:
+        """Root mean square of θ_{m,i} − loc in each module, `[M]`: √(σ_m² + ‖φ − loc‖²/size).
+
+        The scales of the normal around `loc` `[D]` that is closest to the planted one, hence what a
+        strategy should find whose θ0 has ended at `loc` and not at φ.
+        """
+        square = self.scales**2
+        off = (self.loc - loc.detach().to(self.loc)) ** 2 / self.size
+        return square.index_add(0, self.modules.groups, off).sqrt()
+
     def __call__(self, generator: torch.Generator) -> Tasks:
         """Tasks, support rows first: inputs `[ST, N, 0]`, targets `[ST, N, K]`.
 
