@@ -353,7 +353,7 @@ def main(
     for part, job in track([j for j in jobs if j[0] in rows], "seeds, problems and parts"):
         for row in job:
             rows[part].append(row)
-        pd.DataFrame(rows[part]).to_csv(out / f"{part}.csv", index=False, float_format="%.5g")
+            pd.DataFrame(rows[part]).to_csv(out / f"{part}.csv", index=False, float_format="%.5g")
     for part, found in rows.items():
         frame = pd.DataFrame(found)
         if not len(frame):

@@ -173,7 +173,7 @@ STRATEGIES = {
     "exact": (SigmaIMAML(**COMMON), 1000),
     "unrolled": (
         SigmaMAML(
-            minimiser=ProximalDescent(0.5, 40, tolerance=0, momentum=0.7),
+            minimiser=ProximalDescent(0.5, 30, tolerance=0, momentum=0.7),
             **COMMON,
         ),
         1000,
