@@ -122,6 +122,10 @@ def test_any_partition_can_be_given() -> None:
             lambda: GaussianPrior.from_density(NETWORK, scale_law="gamma"),  # type: ignore[arg-type]
             "scale_law must be one of 'half-normal', .*got 'gamma'",
         ),
+        (
+            lambda: GaussianPrior.from_density(NETWORK, scale_law="exponential", hyperprior=False),
+            "scale_law is 'exponential', and hyperprior=False leaves it out",
+        ),
     ],
 )
 def test_bad_calls_are_refused(call: Any, message: str) -> None:

@@ -130,6 +130,10 @@ class GaussianPrior:
             bounds: least and largest standard deviation while `fit` learns, numbers or `[M]`; a
                 scale that starts beyond them starts at the nearer one.
 
+        Raises:
+            ValueError: modules that are not of this model, a rank or bounds out of range, no such
+                law, or a law that hyperprior=False would leave out.
+
         Example:
             >>> import pyro, pyro.distributions as dist
             >>> from varmeta import Density, Tasks
@@ -148,6 +152,8 @@ class GaussianPrior:
             tensor([1., 3.])
         """
         modules = scales if isinstance(scales, Modules) else Modules.of(density, scales)
+        if not hyperprior and scale_law not in ("half-normal", "flat"):
+            raise ValueError(f"scale_law is {scale_law!r}, and hyperprior=False leaves it out")
         if not 0 <= rank <= density.dim:
             raise ValueError(f"rank must lie between 0 and {density.dim}, got {rank}")
         if len(modules.groups) != density.dim:
