@@ -254,6 +254,23 @@ def test_a_resumed_chain_goes_on_from_where_it_was(tmp_path: Path, when: int) ->
     assert bool((state.tensors["theta"][: when - 9] != 0).all())  # one more draw
 
 
+# -- reports --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("coordinate", ["loc", "log_scale"])
+def test_chains_that_disagree_are_reported(coordinate: str) -> None:
+    """Two chains of 200 draws, one of them moved by two standard deviations; and none moved."""
+    _, _, case, prior = problems()
+    strategy = PyroNUTS(draws=200, chains=2)
+    state = strategy.init(case.density, prior, case.tasks.support, generator(0))
+    for tensor_ in (state.tensors["loc"], state.tensors["log_scale"]):
+        tensor_.copy_(torch.randn(tensor_.shape, generator=generator(1)))
+    strategy._finish(state)  # silent: warnings are errors
+    state.tensors[coordinate][200:] += 2
+    with pytest.warns(RuntimeWarning, match=r"worst R-hat 1\.[3-9].*raise draws \(now 200\)"):
+        strategy._finish(state)
+
+
 # -- refusals -------------------------------------------------------------------------------------
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from pyro import poutine
 from pyro.infer import NUTS
+from pyro.ops.stats import split_gelman_rubin
 from torch import Tensor
 
 from varmeta.inference.base import Batch, Meta, State, StepInfo, Strategy, check_finite
@@ -34,6 +35,8 @@ from varmeta.tasks import Tasks, TaskSource
 
 _QUICK_STEPS = 400
 _MAX_DIM = 3000
+_JUDGED = 100  # draws per chain from which R-hat is worth reading
+_MIXED = 1.05
 _FREEDOM = 5  # degrees of freedom of the proposals: tails heavier than any posterior met here
 
 
@@ -43,6 +46,8 @@ class PyroNUTS(Strategy):
 
     Interrupted runs keep their draws; a chain resumed from a checkpoint goes on from its last
     position with the step size that it had, or warms up again if it had not finished doing so.
+    A split R-hat above 1.05 (Gelman et al., 2013, Bayesian Data Analysis) of θ0, a scale or φ is
+    warned of, where there are two chains of 100 draws or more.
 
     Attributes:
         draws: kept per chain.
@@ -304,6 +309,21 @@ class PyroNUTS(Strategy):
                 "region that the sampler cannot enter; raise target_accept (0.95, 0.99)",
                 RuntimeWarning,
                 stacklevel=3,
+            )
+        if self.chains > 1 and self.draws >= _JUDGED:
+            self._check_mixing(torch.cat([kept["loc"], kept["log_scale"], kept["shared"]], -1))
+
+    def _check_mixing(self, draws: Tensor) -> None:
+        """Warn if the chains `[chains · draws, n]` disagree about θ0, a scale or φ."""
+        by_chain = draws.unflatten(0, (self.chains, self.draws))
+        worst = float(split_gelman_rubin(by_chain, 0, 1).nan_to_num(1.0).max())
+        if worst > _MIXED:
+            warnings.warn(
+                f"the NUTS chains disagree about θ0, the scales or φ: worst R-hat {worst:.2f}, "
+                f"wanted at most {_MIXED}. Its means and widths are as uncertain as that; raise "
+                f"draws (now {self.draws}) or warmup (now {self.warmup})",
+                RuntimeWarning,
+                stacklevel=4,
             )
 
 
