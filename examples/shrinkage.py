@@ -180,7 +180,9 @@ def recovery(name: str, seed: int, steps: int, count: int) -> Iterator[dict[str,
     exact = {k: slope(arms["SigmaIMAML"], density, p, some) for k, p in places(start, truth)}
     if name == "spiral":  # whose modules do not interact, and whose unrolled steps do not arrive
         del arms["BlockDiagonal"], arms["SigmaMAML"]
-        arms["from θ0"] = replace(arms["SigmaIMAML"], minimiser=vm.SigmaIMAML().minimiser)
+        arms["SigmaIMAML as it is"] = replace(
+            arms["SigmaIMAML"], minimiser=vm.SigmaIMAML().minimiser
+        )
     for arm, strategy in arms.items():
         try:
             fit = learn(strategy, density, tasks, problem.batch, seed)
