@@ -319,7 +319,7 @@ class PyroNUTS(Strategy):
         worst = float(split_gelman_rubin(by_chain, 0, 1).nan_to_num(1.0).max())
         if worst > _MIXED:
             warnings.warn(
-                f"the NUTS chains disagree about θ0, the scales or φ: worst R-hat {worst:.2f}, "
+                f"the NUTS chains disagree about θ0, the scales or φ: worst R-hat {worst:.3f}, "
                 f"wanted at most {_MIXED}. Its means and widths are as uncertain as that; raise "
                 f"draws (now {self.draws}) or warmup (now {self.warmup})",
                 RuntimeWarning,
