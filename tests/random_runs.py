@@ -154,3 +154,19 @@ def exact_slopes(value: Callable[[GaussianPrior, Tensor], Tensor], prior: Gaussi
     each = value(prior.moved(loc, log_scale, factor), offset)
     rows = [torch.autograd.grad(v, leaves, retain_graph=True) for v in each]
     return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+
+
+LINEAR = {
+    "plain": RandomDescent(run_length=12, step_size=0.05, temperature=0.4),
+    "momentum": RandomDescent(run_length=12, step_size=0.03, temperature=0.4, momentum=0.6),
+    "random start": RandomDescent(run_length=12, step_size=0.05, temperature=0.4, start_scale=0.7),
+    "noiseless": RandomDescent(run_length=12, step_size=0.05, momentum=0.4, start_scale=0.7),
+}
+
+
+def linear_prior(rank: int) -> GaussianPrior:
+    factor = torch.tensor([[0.3], [-0.2], [0.5]], dtype=F64) if rank else None
+    loc = torch.tensor([0.3, -0.2, 0.5], dtype=F64)
+    return GaussianPrior.create(
+        loc, torch.tensor([0.8, 1.5], dtype=F64), groups=torch.tensor([0, 0, 1]), factor=factor
+    )
