@@ -75,7 +75,7 @@ UNBIASED = {"pathwise": Pathwise(), **BY_NOISE}
 def test_unbiased_among_several_wells(
     model: Callable[..., Tensor], loc: float, algorithm: RandomDescent
 ) -> None:
-    """Both mechanisms at once, also next to the ridge (θ0 = 0.02): 10⁵ particles each."""
+    """Both mechanisms at once, also next to the ridge (θ0 = 0.02): 5·10⁴ particles each."""
     tasks, scale = two_wells(), 0.9
     density = Density(model, tasks)
     _, truth = exact_gradient(model, loc, algorithm, scale)
@@ -86,12 +86,12 @@ def test_unbiased_among_several_wells(
             tasks,
             algorithm=algorithm,
             estimator=estimator,
-            particles=100_000,
+            particles=50_000,
             seed=1,
         )
         z = z_scores(got, torch.from_numpy(truth))
         assert (z.abs() < ERRORS).all(), (name, z)
-        assert (flat(got.standard_error) < 0.15).all(), name  # sharp enough to fail
+        assert (flat(got.standard_error) < 0.2).all(), name  # sharp enough to fail
 
 
 def test_pathwise_is_unbiased_while_it_contracts_and_lost_beyond() -> None:
