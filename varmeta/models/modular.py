@@ -149,6 +149,7 @@ def spiral_modules(
     support: int = 10,
     query: int = 10,
     splits: int = 1,
+    readings_per_row: int = 1,
     dtype: torch.dtype = torch.float64,
 ) -> PlantedModules:
     """10 modules of two coordinates each, turned by their own length: a nonlinear problem.
@@ -161,13 +162,21 @@ def spiral_modules(
         support: support rows per task.
         query: query rows per task.
         splits: different choices of the support rows per task (see `PlantedModules`).
+        readings_per_row: a row is the mean of so many, with noise 10/√readings_per_row: as much as
+            they all say, at the price of one. From some 300 on a pair's place on its circle is
+            known, and with it which minimum of E is the right one.
         dtype: of all numbers.
+
+    Raises:
+        ValueError: a count below 1, or more splits than the rows have.
 
     Example:
         >>> from varmeta.seeds import generator
         >>> spiral_modules(5)(generator(0)).targets.shape
         torch.Size([5, 20, 20])
     """
+    if readings_per_row < 1:
+        raise ValueError(f"readings_per_row must be at least 1, got {readings_per_row}")
 
     def readings(theta: Tensor) -> Tensor:
         first, second = theta[..., 0::2], theta[..., 1::2]
@@ -177,7 +186,7 @@ def spiral_modules(
         return torch.stack([cos * first - sin * second, sin * first + cos * second], -1).flatten(-2)
 
     sigma = torch.tensor([4.0] * 8 + [8.0] * 2, dtype=dtype)
-    noise = torch.full((20,), 10.0, dtype=dtype)
+    noise = torch.full((20,), 10.0 / math.sqrt(readings_per_row), dtype=dtype)
     return _planted(num_tasks, support, query, splits, 2.0, sigma, 2, noise, readings)
 
 
