@@ -214,8 +214,9 @@ def test_linear_scales_are_found_again(name: str) -> None:
 def test_spiral_scales_are_where_the_gradient_vanishes() -> None:
     """At φ, where the minima are known: its sign changes within 0.8 and 1.25 of what was planted.
 
-    On two other seeds with twice the tasks a slope was 5.9 standard errors from 0 on average at
-    0.85, and 3.7 at 1.15, so 4 and more here: one of 20 has the wrong sign with a chance of 0.1%.
+    On two other seeds with twice the tasks a slope was 6.0 standard errors from 0 on average at
+    0.85, and 3.9 at 1.15, so about 4 and more here, further out: one of 20 has the wrong sign with
+    a chance of about 0.1%.
     """
     start_of = runpy.run_path(str(ROOT / "examples" / "shrinkage.py"))["MostLikely"]
     problem = spiral_modules(500, support=1, query=3, splits=4, readings_per_row=300)
