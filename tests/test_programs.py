@@ -294,6 +294,18 @@ def test_steps_that_are_compiled_together_are_the_steps(caplog: pytest.LogCaptur
     assert "as written" not in caplog.text
 
 
+def test_steps_on_many_numbers_are_compiled_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    theta, weight = numbers(4, 3), numbers(4, 3, seed=1)
+    for large, name in ((11, "1 x gradient"), (12, "2 x gradient")):
+        monkeypatch.setattr(programs_module, "LARGE", large)
+        programs = Programs(energy_of, "toy", compiled=True)
+        monkeypatch.setattr(programs, "_finish", lambda graph, tensors: graph)
+        slope = programs.slope(theta, [weight])
+        assert slope is not None
+        slope.repeat(descend, (theta, theta), 2)
+        assert programs.report == {name: "compiled"}
+
+
 def test_steps_that_cannot_be_compiled_are_taken_one_by_one(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -17,6 +17,9 @@ from varmeta.seeds import generator
 Program = Callable[..., Any]
 CALLS_BEFORE_CAPTURE = 20  # tracing costs as much as a few hundred calls save; one-offs never pay
 KEPT_SHAPES = 32
+# Of inductor. The sum of the windows that a pixel is in (`varmeta.models.convolution`) reads more
+# tensors than it lets one loop do on a CPU; of two, the first would write images along columns.
+OPTIONS = {"realize_cpu_acc_reads_threshold": 24}
 
 
 class Captured:
@@ -147,6 +150,23 @@ def trace(
         return simplify(program, tensors)
     except RuntimeError as error:  # within torch.func tensors lie nowhere
         raise Unrecordable(str(error).splitlines()[0]) from error
+
+
+def compile_graph(graph: torch.fx.GraphModule, tensors: Sequence[Tensor]) -> Program:
+    """The graph compiled by inductor for arguments like these, which takes seconds.
+
+    Raises:
+        Unrecordable: it fails; without a C++ compiler, say.
+    """
+    import torch._inductor.config  # seconds to import: only when asked for
+
+    options = {k: v for k, v in OPTIONS.items() if hasattr(torch._inductor.config, k)}
+    try:
+        program: Program = torch._inductor.compile(graph, list(tensors), options or None)
+    except Exception as error:  # it fails in many ways
+        first = (str(error).splitlines() or [""])[0]
+        raise Unrecordable(f"{type(error).__name__}: {first}") from error
+    return program
 
 
 def agree(program: Program, function: Program, tensors: Sequence[Tensor], *, exact: bool) -> None:

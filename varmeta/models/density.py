@@ -280,7 +280,7 @@ class Density:
         is run as it was written, with a warning; `execution` says which.
         """
         other = copy.copy(self)
-        other._programs, other._compiled = {}, True
+        other._batched, other._programs, other._compiled = {}, {}, True
         return other
 
     def execution(self) -> dict[str, str]:
@@ -312,7 +312,7 @@ class Density:
         return self._row_nats(trace, len(y))
 
     def _row_nats(self, trace: Any, rows: int) -> Tensor:
-        with validation_off(), BatchedOperations():
+        with validation_off(), BatchedOperations(self._compiled):
             trace.compute_log_prob(lambda name, site: name in self.observed)
         total = sum(trace.nodes[n]["log_prob"].reshape(-1, rows).sum(0) for n in self.observed)
         assert isinstance(total, Tensor)
@@ -345,7 +345,7 @@ class Density:
             Answer(params),
             pyro_untouched(),
             validation_off(),
-            BatchedOperations(),
+            BatchedOperations(self._compiled),
         ):
             model = poutine.trace(poutine.condition(run, data=values))
             return model.get_trace(self.model, x, y, inside)

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
+from torch.nn.modules.utils import _pair
 from torch.overrides import TorchFunctionMode
+
+from varmeta.models.convolution import product_conv2d, windows_overlap_little
 
 _PRODUCTS = {torch.matmul, torch.mv, Tensor.matmul, Tensor.__matmul__, Tensor.mv}
 
@@ -19,7 +22,16 @@ class BatchedOperations(TorchFunctionMode):
       to eight times as long on a CPU as the same with a row.
     - `binary_cross_entropy_with_logits` writes in place under `vmap`, and could not be recorded;
       it is softplus(l) − y·l.
+    - Convolutions with a stride become products of windows where they will be compiled; as they
+      are, copying the windows costs what the products save.
+
+    Args:
+        compiled: what is recorded within will be compiled.
     """
+
+    def __init__(self, compiled: bool = False) -> None:
+        super().__init__()
+        self.compiled = compiled
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {name: value for name, value in (kwargs or {}).items() if value is not None}
@@ -28,7 +40,25 @@ class BatchedOperations(TorchFunctionMode):
         if func is binary_cross_entropy_with_logits and given == {"reduction": "none"}:
             logits, target = args
             return softplus(logits) - target * logits
+        if func is torch.conv2d and self.compiled:
+            return _convolution(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _convolution(
+    image: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    stride = _pair(stride)
+    plain = groups == 1 and _pair(dilation) == (1, 1) and not isinstance(padding, str)
+    if plain and image.dim() == 4 and windows_overlap_little(weight, stride):
+        return product_conv2d(image, weight, bias, stride, _pair(padding))
+    return torch.conv2d(image, weight, bias, stride, padding, dilation, groups)
 
 
 def _row(matrix: Tensor, vector: Tensor) -> Tensor:

@@ -30,7 +30,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from varmeta.models.capture import CALLS_BEFORE_CAPTURE, KEPT_SHAPES, Unrecordable, agree, trace
+from varmeta.models.capture import (
+    CALLS_BEFORE_CAPTURE,
+    KEPT_SHAPES,
+    Unrecordable,
+    agree,
+    compile_graph,
+    trace,
+)
 from varmeta.models.simplify import direct, split_linear, turn_products
 
 EnergyFunction = Callable[..., Tensor]
@@ -38,6 +45,7 @@ Product = Callable[[Tensor], Tensor]
 Step = Callable[..., Sequence[Tensor]]
 Grads = list[Tensor | None]
 AT_ONCE = 5  # steps in one program; more gain little, and take longer to compile
+LARGE = 500_000  # numbers in θ: beside a step on more of them, calling a program costs nothing
 _log = logging.getLogger("varmeta")
 
 
@@ -87,9 +95,11 @@ class Derivative:
             step: asks no tensor for its values and writes in none; what it does depends on its
                 arguments alone. Kept by identity, with the programs made of it.
             state: its first tensor is what the steps are for; the others may hang on rounding.
-            count: is cut into equal parts of at most `AT_ONCE`, all the same program.
+            count: is cut into equal parts of at most `AT_ONCE` steps, or of one where they are
+                `LARGE`; all the same program.
         """
-        at_once = max(n for n in range(1, AT_ONCE + 1) if count % n == 0)
+        most = AT_ONCE if state[0].numel() <= LARGE else 1
+        at_once = max(n for n in range(1, most + 1) if count % n == 0)
         key, size = (f"{at_once} x {self.name}", self.key, step), len(state)
 
         def record() -> Any:
@@ -269,13 +279,7 @@ class Programs:
     def _finish(self, graph: torch.fx.GraphModule, tensors: Sequence[Tensor]) -> Any:
         if not self.compiled:
             return direct(graph)
-        import torch._inductor  # seconds to import: only when asked for
-
-        try:
-            return torch._inductor.compile(turn_products(graph), list(tensors))
-        except Exception as error:  # without a C++ compiler, say
-            first = (str(error).splitlines() or [""])[0]
-            raise Unrecordable(f"{type(error).__name__}: {first}") from error
+        return compile_graph(turn_products(graph), tensors)
 
     def _graph(
         self, key: Any, gauss_newton: bool, theta: Tensor, *parameters: Tensor
