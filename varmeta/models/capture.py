@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from varmeta.models.simplify import simplify
+from varmeta.models.simplify import accumulate, simplify, turn_products
 from varmeta.seeds import generator
 
 Program = Callable[..., Any]
@@ -153,13 +153,14 @@ def trace(
 
 
 def compile_graph(graph: torch.fx.GraphModule, tensors: Sequence[Tensor]) -> Program:
-    """The graph compiled by inductor for arguments like these, which takes seconds.
+    """The graph, changed, compiled by inductor for arguments like these, which takes seconds.
 
     Raises:
         Unrecordable: it fails; without a C++ compiler, say.
     """
     import torch._inductor.config  # seconds to import: only when asked for
 
+    graph = accumulate(turn_products(graph))
     options = {k: v for k, v in OPTIONS.items() if hasattr(torch._inductor.config, k)}
     try:
         program: Program = torch._inductor.compile(graph, list(tensors), options or None)

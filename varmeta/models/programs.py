@@ -38,7 +38,7 @@ from varmeta.models.capture import (
     compile_graph,
     trace,
 )
-from varmeta.models.simplify import direct, split_linear, turn_products
+from varmeta.models.simplify import direct, free_layout, split_linear
 
 EnergyFunction = Callable[..., Tensor]
 Product = Callable[[Tensor], Tensor]
@@ -265,6 +265,7 @@ class Programs:
 
         graph = trace(second_order, [v, *tensors])
         before, after = split_linear(graph)
+        before = free_layout(before) if self.compiled else before
         prologue = self._finish(before, tensors)
         # Compiled when it is used, alone or within the steps of a solver.
         product = after if self.compiled else direct(after)
@@ -279,7 +280,7 @@ class Programs:
     def _finish(self, graph: torch.fx.GraphModule, tensors: Sequence[Tensor]) -> Any:
         if not self.compiled:
             return direct(graph)
-        return compile_graph(turn_products(graph), tensors)
+        return compile_graph(graph, tensors)
 
     def _graph(
         self, key: Any, gauss_newton: bool, theta: Tensor, *parameters: Tensor

@@ -81,6 +81,46 @@ def turn_products(program: GraphModule) -> GraphModule:
     return program
 
 
+def accumulate(program: GraphModule) -> GraphModule:
+    """AB + CD becomes one product that is added to another in place: `program`, changed.
+
+    Rounds differently, so only for what will be compiled. Left to itself, inductor adds the two
+    wherever the sum is read, and where windows are gathered from it that is many times.
+    """
+    graph = program.graph
+    for node in list(graph.nodes):
+        if _is_product(node) and node.target is _aten.add.Tensor:
+            first, second = node.args
+            if second.target is _aten.bmm.default:
+                with graph.inserting_before(node):
+                    both = graph.call_function(_aten.baddbmm.default, (first, *second.args))
+                node.replace_all_uses_with(both)
+    graph.eliminate_dead_code()
+    program.recompile()
+    return program
+
+
+def free_layout(program: GraphModule) -> GraphModule:
+    """What a model makes contiguous may lie as it comes: `program`, changed.
+
+    For what will be compiled and hands on what it computes: images whose channels lie last would
+    be copied to lie first, and what reads them would run along the wrong dimension. A copy that is
+    part of a `reshape` is left, since products want their matrices so.
+    """
+    for node in list(program.graph.nodes):
+        if node.target is _aten.view.default:
+            node.target = _aten.reshape.default
+        elif (
+            node.target is _aten.clone.default
+            and node.args[0].op == "call_function"
+            and all(user.target is not _aten._unsafe_view.default for user in node.users)
+        ):
+            node.replace_all_uses_with(node.args[0])
+            program.graph.erase_node(node)
+    program.recompile()
+    return program
+
+
 def _is_transpose(node: Any) -> bool:
     return node.target is _T and set(node.args[1:]) in ({1, 2}, {-2, -1})
 
