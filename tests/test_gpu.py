@@ -6,7 +6,9 @@ The precision option runs here too: bfloat16 products exist on every CPU.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import pyro.distributions as dist
 import pytest
@@ -15,6 +17,7 @@ from catalogue import CATALOGUE, Entry
 from helpers import assert_close, case_of
 from linear_gaussian import LinearGaussian
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from varmeta import (
     CG,
@@ -97,6 +100,44 @@ def test_a_fixed_budget_waits_for_the_device_once() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert sum("synchronizing" in str(w.message) for w in seen) <= 1
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would make the host wait for a device: values of tensors that it asks for.
+
+    But those of `host`, which lie with the host wherever the rest does.
+    """
+
+    asking = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2")
+    count = 0
+
+    def __init__(self, host: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.host = {t.data_ptr() for t in host}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        masks = [a for a in (args[1] if name == "index" else ()) if a is not None]
+        asks = name in self.asking or any(m.dtype == torch.bool for m in masks)
+        self.count += asks and args[0].data_ptr() not in self.host
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_fixed_budget_asks_for_no_value() -> None:
+    """What can be seen of that without a device."""
+    with Waits() as seen:
+        x = torch.arange(3.0)
+        bool(x[0] > 0), x[x > 0], x.nonzero(), x[torch.tensor([0])]
+    assert seen.count == 3
+    density, prior, tasks = regression(torch.float32)
+    state = FIXED.init(density, prior, tasks, generator(0))
+    batch = Batch(tasks, torch.arange(len(tasks)), len(tasks))
+    for _ in range(25):
+        FIXED.step(density, state, batch, generator(0))
+    steps = [kept["step"] for kept in state.optimisers["meta"].state.values()]  # Adam's count
+    with Waits(host=steps) as seen:
+        FIXED.step(density, state, batch, generator(0))
+    assert steps and seen.count == 0
 
 
 @cuda

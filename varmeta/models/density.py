@@ -275,9 +275,10 @@ class Density:
         Of gradient descent and of CG with a tolerance of 0, a fixed budget, several steps are
         compiled together; keep the minimiser and the solver, since others are compiled anew. The
         first call of each program (about five, once for each shape of a batch) takes several
-        seconds, later ones a fraction: worth it for runs of minutes. The results differ from the
-        uncompiled ones by rounding. Where compiling fails, or gives another result, the derivative
-        is run as it was written, with a warning; `execution` says which.
+        seconds (of four convolutions, half a minute), later ones a fraction: worth it for runs of
+        minutes. The results differ from the uncompiled ones by rounding. Where compiling fails, or
+        gives another result, the derivative is run as it was written, with a warning; `execution`
+        says which.
         """
         other = copy.copy(self)
         other._batched, other._programs, other._compiled = {}, {}, True
