@@ -37,6 +37,8 @@ def product_conv2d(
     pixels = image.flatten(2).mT
     windows = _Sums.apply(pixels, *(torch.tensor(p, device=image.device) for p in places))
     taps = weight.flatten(2)
+    # Either way the derivative in the weights is a product that ends long, in filters or in taps:
+    # with the few taps of one channel last, PyTorch's library takes four times as long.
     if taps[0].numel() < filters:
         matrix = taps.permute(2, 1, 0).reshape(-1, filters)
     else:
@@ -49,6 +51,8 @@ def product_conv2d(
 
 class _Sums(torch.autograd.Function):
     """Each row of the result is a sum of rows: Σ_j x[index[j, r]], −1 for no row.
+
+    No row is 0 · x[0]: one that is infinite makes NaN there, in its own image alone.
 
     Args of `apply`:
         x: `[..., P, C]`.

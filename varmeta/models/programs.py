@@ -45,7 +45,7 @@ Product = Callable[[Tensor], Tensor]
 Step = Callable[..., Sequence[Tensor]]
 Grads = list[Tensor | None]
 AT_ONCE = 5  # steps in one program; more gain little, and take longer to compile
-LARGE = 500_000  # numbers in θ: beside a step on more of them, calling a program costs nothing
+LARGE = 500_000  # numbers in θ: beside a step on more of them, calling a program is little
 _log = logging.getLogger("varmeta")
 
 
