@@ -12,7 +12,7 @@ import torch
 import torch.distributions as td
 import torch.nn.functional as F
 from pyro.nn import PyroModule, PyroParam, PyroSample
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import constraints
 
 from varmeta.models.density import Density
@@ -243,3 +243,18 @@ def build(case: Case) -> Density:
 def values(case: Case, *draws: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     theta = 0.5 * numbers(*draws, len(case.tasks), case.dim, seed=seed)
     return theta, 0.5 * numbers(case.shared_dim, seed=seed + 1)
+
+
+def energy_of(theta: Tensor, weight: Tensor) -> Tensor:
+    """Of a toy without a model: `[T, D]` to `[T]`."""
+    return (torch.tanh(theta * weight).sum(-1) ** 2 + (theta**4).sum(-1)) / 3
+
+
+def second_order(v: Tensor, theta: Tensor, weight: Tensor) -> list[Tensor]:
+    """Its value, its gradient and its Hessian's product with v, as autograd takes them."""
+    with torch.enable_grad():
+        leaf = theta.detach().requires_grad_()
+        value = energy_of(leaf, weight)
+        (grad,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
+        (product,) = torch.autograd.grad(grad, leaf, v)
+    return [value.detach(), grad.detach(), product]

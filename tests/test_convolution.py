@@ -118,7 +118,7 @@ def test_a_network_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     density = Density(model, tasks)
     theta, v = (0.5 * numbers(2, density.dim, seed=s) for s in (5, 6))
     # inductor takes seconds
-    monkeypatch.setattr(Programs, "_finish", lambda self, graph, tensors: graph)
+    monkeypatch.setattr(Programs, "_finish", lambda self, graph, tensors, **_: graph)
     found = []
     for d in (density, density.compiled()):
         energy = TaskEnergy(d, tasks, d.shared_init)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import random
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from density_cases import CASES, build, numbers, values
+from density_cases import CASES, build, energy_of, numbers, second_order, values
 from helpers import FLOAT, assert_same
 from torch import Tensor
 
@@ -21,8 +20,8 @@ from varmeta.models import programs as programs_module
 from varmeta.models.capture import CALLS_BEFORE_CAPTURE, KEPT_SHAPES, trace
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
-from varmeta.models.programs import Derivative, Programs
-from varmeta.models.simplify import split_linear
+from varmeta.models.programs import Programs
+from varmeta.models.simplify import direct, split_linear
 from varmeta.tasks import Tasks
 
 SOON = 8
@@ -112,6 +111,40 @@ def test_recorded_is_as_written_bit_for_bit(name: str, rank: int) -> None:
     assert {n.split()[1] for n in how} == {"first", "pullback", "linearise"}
     assert_same(here.everything(), written[0])
     assert_same(elsewhere.everything(), written[1])
+
+
+def test_products_are_turned_only_where_that_changes_no_bit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A layer's gradient is then the transpose of no product, which would have to be copied."""
+    copies: list[bool] = []
+
+    def weighted(theta: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(x @ theta.reshape(-1, 3, 4).mT).square().sum((-2, -1))
+
+    def wrong(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+        (tanh,) = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.tanh.default)
+        with graph.graph.inserting_before(tanh):
+            tanh.args = (graph.graph.call_function(torch.ops.aten.mul.Tensor, (*tanh.args, 1.001)),)
+        graph.recompile()
+        return graph
+
+    def counted(graph: torch.fx.GraphModule) -> Callable[..., Any]:
+        copies.append(sum(n.target is torch.ops.aten.clone.default for n in graph.graph.nodes))
+        return direct(graph)
+
+    monkeypatch.setattr(programs_module, "direct", counted)
+    theta, x = numbers(2, 12), numbers(2, 5, 4, seed=1)
+    for turned, recordings in ((programs_module.turn_products, [False]), (wrong, [True, True])):
+        monkeypatch.setattr(programs_module, "turn_products", turned)
+        programs = Programs(weighted, "toy")
+        written = programs.gradient(theta, [x])
+        for _ in range(CALLS):
+            found = programs.gradient(theta, [x])
+        assert_same(found, written)
+        assert programs.report == {"first 10": "recorded"}
+        assert copies == recordings
+        copies.clear()
 
 
 def test_recording_waits_for_some_calls(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,111 +267,7 @@ def test_what_cannot_be_recorded_is_run_as_written_and_said(
     torch.testing.assert_close(product, wanted, rtol=1e-7, atol=1e-7)
 
 
-# -- compiled -------------------------------------------------------------------------------------
-
-
-def small(x: Tensor, y: Tensor | None = None) -> Tensor:
-    w = pyro.sample("w", dist.Normal(torch.zeros(2, dtype=FLOAT), 1.0).to_event(1))
-    with pyro.plate("rows", len(x)):
-        return pyro.sample("y", dist.Normal(torch.tanh(x @ w), 1.0), obs=y)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's, when it is imported
-def test_compiled_is_the_same_to_rounding() -> None:
-    """The first call compiles: seconds each, so one small model and two derivatives."""
-    tasks = Tasks.from_list([(numbers(4, 2, seed=i), numbers(4, seed=9 + i)) for i in range(3)])
-    density = Density(small, tasks)
-    theta, v = numbers(3, 2, seed=1), numbers(3, 2, seed=2)
-    found = []
-    for d in (density, density.compiled()):
-        energy = TaskEnergy(d, tasks, d.shared_init)
-        at = energy.linearise(theta)
-        found.append([energy.gradient(theta), at.value, at.grad, at.product(v)])
-        kind = d.execution()
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    names = "first 10000", "linearise", "product"
-    assert kind == {f"likelihood: {name}": "compiled" for name in names}
-    assert density.execution() == {}, "the uncompiled density is left as it was"
-
-
-def descend(slope: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """A step, and what it moved along."""
-    grad = slope(x)
-    return x - 0.1 * grad, grad
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_steps_that_are_compiled_together_are_the_steps(caplog: pytest.LogCaptureFixture) -> None:
-    """Of a gradient and of a product, for each shape and type; two programs each are called."""
-    programs = Programs(energy_of, "toy", compiled=True)
-    for rows, dtype in ((4, FLOAT), (2, torch.float32)):
-        theta, weight, v = (numbers(rows, 3, seed=s).to(dtype) for s in range(3))
-        close = {"rtol": 0.0, "atol": 100 * torch.finfo(dtype).eps}
-        slope = programs.slope(theta, [weight])
-        product = programs.linearise(theta, [weight]).product
-        assert slope is not None and isinstance(product, Derivative)
-        for derivative, start, exact in (
-            (slope, theta, lambda t, w=weight: second_order(t, t, w)[1]),
-            (product, v, lambda u, t=theta, w=weight: second_order(u, t, w)[2]),
-        ):
-            found = derivative.repeat(descend, (start, start), 6)
-            wanted = start, start
-            for _ in range(6):
-                wanted = descend(exact, *wanted)
-            for a, b in zip(found, wanted, strict=True):
-                torch.testing.assert_close(a, b, **close)
-    compiled = "3 x gradient", "3 x product", "linearise"
-    assert programs.report == dict.fromkeys(compiled, "compiled"), "single ones are not needed"
-    assert sum("3 x" in key[0] for key in programs._kept) == 4
-    assert "as written" not in caplog.text
-
-
-def test_steps_on_many_numbers_are_compiled_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    theta, weight = numbers(4, 3), numbers(4, 3, seed=1)
-    for large, name in ((11, "1 x gradient"), (12, "2 x gradient")):
-        monkeypatch.setattr(programs_module, "LARGE", large)
-        programs = Programs(energy_of, "toy", compiled=True)
-        monkeypatch.setattr(programs, "_finish", lambda graph, tensors: graph)
-        slope = programs.slope(theta, [weight])
-        assert slope is not None
-        slope.repeat(descend, (theta, theta), 2)
-        assert programs.report == {name: "compiled"}
-
-
-def test_steps_that_cannot_be_compiled_are_taken_one_by_one(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    theta, weight = numbers(4, 3), numbers(4, 3, seed=1)
-    programs = Programs(energy_of, "toy", compiled=True)
-    monkeypatch.setattr(programs, "_finish", lambda graph, tensors: graph)  # inductor takes seconds
-    slope = programs.slope(theta, [weight])
-    assert slope is not None
-
-    def reads(slope: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor]:
-        return (x - slope(x) if x.sum().item() < 1e9 else x,)
-
-    (found,) = slope.repeat(reads, (theta,), 2)
-    first = theta - second_order(theta, theta, weight)[1]
-    torch.testing.assert_close(found, first - second_order(first, first, weight)[1])
-    assert programs.report["2 x gradient"].startswith("as written: ")
-    assert "2 x gradient is run as written" in caplog.text
-
-
 # -- the cut at v ---------------------------------------------------------------------------------
-
-
-def energy_of(theta: Tensor, weight: Tensor) -> Tensor:
-    return (torch.tanh(theta * weight).sum(-1) ** 2 + (theta**4).sum(-1)) / 3
-
-
-def second_order(v: Tensor, theta: Tensor, weight: Tensor) -> list[Tensor]:
-    with torch.enable_grad():
-        leaf = theta.detach().requires_grad_()
-        value = energy_of(leaf, weight)
-        (grad,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
-        (product,) = torch.autograd.grad(grad, leaf, v)
-    return [value.detach(), grad.detach(), product]
 
 
 def test_what_does_not_depend_on_v_is_computed_before_it() -> None:
@@ -429,23 +358,3 @@ def test_more_shapes_than_are_kept_do_no_harm() -> None:
     for _ in range(CALLS):
         check(1)
     assert len(programs._kept) == 1 and len(programs._calls) == KEPT_SHAPES
-
-
-def test_where_compiling_fails_the_model_is_run_as_written(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def broken(*_: object) -> None:
-        raise RuntimeError("no C++ compiler found\nand more lines")
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of PyTorch's own import
-        inductor = importlib.import_module("torch._inductor")
-    monkeypatch.setattr(inductor, "compile", broken)
-    plain = at("normal")
-    wanted = plain.everything()
-    hopeful = at("normal", plain.density.compiled())
-    assert_same(hopeful.everything(), wanted)
-    assert set(hopeful.density.execution().values()) == {
-        "as written: RuntimeError: no C++ compiler found"
-    }
-    assert "is run as written: RuntimeError: no C++ compiler found" in caplog.text

@@ -31,7 +31,7 @@ from varmeta.inference.laplace import MAX_DIM
 from varmeta.inference.linear import CG, LinearSolver
 from varmeta.inference.minimise import Minimiser
 from varmeta.inference.partition import RADIUS, descend, partition
-from varmeta.models.programs import twice_differentiable
+from varmeta.models.derivatives import twice_differentiable
 
 
 class _Heated(Estimator):

@@ -15,7 +15,7 @@ from varmeta.inference.laplace import MAX_DIM, hessian
 from varmeta.inference.noise import Noise
 from varmeta.inference.point import Point
 from varmeta.models.density import Density
-from varmeta.models.programs import twice_differentiable
+from varmeta.models.derivatives import twice_differentiable
 from varmeta.tasks import Tasks
 
 Pull = Callable[..., tuple[Tensor, Tensor]]

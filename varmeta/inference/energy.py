@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from varmeta.models.density import Density
+from varmeta.models.derivatives import second
 from varmeta.models.prior import GaussianPrior, penalty, precision_mv
-from varmeta.models.programs import Derivative, Linearised, Product, Programs, second
+from varmeta.models.programs import Derivative, Linearised, Product, Programs
 from varmeta.tasks import Tasks
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from varmeta.models.capture import Captured
 from varmeta.models.check_model import check_model
+from varmeta.models.derivatives import EnergyFunction
 from varmeta.models.laws import law_parameters, law_with
 from varmeta.models.operations import BatchedOperations
-from varmeta.models.programs import EnergyFunction, Product, Programs
+from varmeta.models.programs import Product, Programs
 from varmeta.models.sites import (
     Answer,
     Model,

@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,9 +39,9 @@ from varmeta.models.capture import (
     compile_graph,
     trace,
 )
-from varmeta.models.simplify import direct, free_layout, split_linear
+from varmeta.models.derivatives import EnergyFunction, first_derivatives, pullback_of, second
+from varmeta.models.simplify import direct, free_layout, split_linear, turn_products
 
-EnergyFunction = Callable[..., Tensor]
 Product = Callable[[Tensor], Tensor]
 Step = Callable[..., Sequence[Tensor]]
 Grads = list[Tensor | None]
@@ -111,7 +112,8 @@ class Derivative:
                     state = tuple(step(lambda x: graph(x, *given)[0], *state))
                 return list(state)
 
-            return self.programs._record(steps, [*_plain(state), *self.given], compared=1)
+            tensors = [*_plain(state), *self.given]
+            return self.programs._record(steps, tensors, compared=1, many=at_once > 1)
 
         for _ in range(count // at_once):
             program = self.programs._lookup(key, record)
@@ -156,7 +158,7 @@ class Programs:
         if not self.compiled:
             return None
         tensors = _plain([theta, *parameters])
-        first = _first(self.function, [True] + [False] * len(parameters))
+        first = first_derivatives(self.function, [True] + [False] * len(parameters))
 
         def slope(theta: Tensor, *parameters: Tensor) -> list[Tensor]:
             return first(torch.ones_like(theta[:, 0]), theta, *parameters)[1:]
@@ -204,7 +206,7 @@ class Programs:
         """Gradient of Σ xᵀ∇E in those of `tensors`, θ and the parameters, that are wanted."""
         plain = _plain([x, *tensors])
         key = _key(_named("pullback", wanted), plain)
-        return _spread(self._run(key, _pullback(self.function, wanted), plain), wanted)
+        return _spread(self._run(key, pullback_of(self.function, wanted), plain), wanted)
 
     def first(
         self, seed: Tensor, tensors: Sequence[Tensor], wanted: Sequence[bool]
@@ -212,7 +214,7 @@ class Programs:
         """E `[T]`, and the gradient of Σ seed_i E_i in those of `tensors` that are wanted."""
         plain = _plain([seed, *tensors])
         key = _key(_named("first", wanted), plain)
-        value, *grads = self._run(key, _first(self.function, wanted), plain)
+        value, *grads = self._run(key, first_derivatives(self.function, wanted), plain)
         return value, _spread(grads, wanted)
 
     # -- private ----------------------------------------------------------------------------------
@@ -248,13 +250,23 @@ class Programs:
         self,
         function: Callable[..., list[Tensor]],
         tensors: Sequence[Tensor],
+        *,
         compared: int | None = None,
+        many: bool = False,
     ) -> Any:
         """A program that returns the same; its first so many results are compared, None for all."""
-        program = self._finish(trace(function, tensors), tensors)
-        both = [lambda *given, f=f: list(f(*given))[:compared] for f in (program, function)]
-        agree(both[0], both[1], tensors, exact=not self.compiled)
-        return program
+
+        def check(program: Any) -> Any:
+            both = [lambda *given, f=f: list(f(*given))[:compared] for f in (program, function)]
+            agree(both[0], both[1], tensors, exact=not self.compiled)
+            return program
+
+        graph = trace(function, tensors)
+        if not self.compiled:
+            # Saves copies, and with many shapes does not change a bit.
+            with suppress(Unrecordable):
+                return check(direct(turn_products(deepcopy(graph))))
+        return check(self._finish(graph, tensors, many=many))
 
     def _record_linear(self, tensors: Sequence[Tensor], gauss_newton: bool) -> Any:
         v = torch.ones_like(tensors[0])
@@ -277,10 +289,13 @@ class Programs:
         agree(both, second_order, [v, *tensors], exact=not self.compiled)
         return prologue, product
 
-    def _finish(self, graph: torch.fx.GraphModule, tensors: Sequence[Tensor]) -> Any:
+    def _finish(
+        self, graph: torch.fx.GraphModule, tensors: Sequence[Tensor], *, many: bool = False
+    ) -> Any:
+        """The graph as it will be run; `many` small operations are called from C++."""
         if not self.compiled:
             return direct(graph)
-        return compile_graph(graph, tensors)
+        return compile_graph(graph, tensors, many=many)
 
     def _graph(
         self, key: Any, gauss_newton: bool, theta: Tensor, *parameters: Tensor
@@ -298,78 +313,6 @@ class Programs:
             return second(grad, leaf, v) if curve is None else curve(v)
 
         return Linearised(value.detach(), grad.detach(), product)
-
-
-def second(grad: Tensor, leaf: Tensor, v: Tensor) -> Tensor:
-    """∇²E v from the graph of ∇E; 0 where the energy is linear."""
-    if not grad.requires_grad:
-        return torch.zeros_like(v)
-    with twice_differentiable():
-        out = torch.autograd.grad(grad, leaf, v, retain_graph=True, allow_unused=True)[0]
-    return torch.zeros_like(v) if out is None else out
-
-
-@contextmanager
-def twice_differentiable() -> Iterator[None]:
-    """Say which operation of the model has no second derivative, where one is taken within.
-
-    Raises:
-        ValueError: naming it.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        text = str(error).splitlines()[0]
-        if "derivative" not in text and "differentiate twice" not in text:
-            raise
-        raise ValueError(
-            f"the model is not twice differentiable: {text}. Implicit and unrolled meta-gradients "
-            "need second derivatives: write that operation with others, or use a strategy that "
-            "needs first ones alone (FOMAML, Reptile, JointVariational)"
-        ) from error
-
-
-def _first(function: EnergyFunction, wanted: Sequence[bool]) -> Callable[..., list[Tensor]]:
-    def first(seed: Tensor, *tensors: Tensor) -> list[Tensor]:
-        with torch.enable_grad():
-            tensors, leaves = _leaves(tensors, wanted)
-            value = function(*tensors)
-            grads: Sequence[Tensor | None] = [None] * len(leaves)
-            if value.requires_grad:
-                grads = torch.autograd.grad(value, leaves, seed, allow_unused=True)
-        return [value.detach(), *_filled(grads, leaves)]
-
-    return first
-
-
-def _pullback(function: EnergyFunction, wanted: Sequence[bool]) -> Callable[..., list[Tensor]]:
-    def pullback(x: Tensor, theta: Tensor, *parameters: Tensor) -> list[Tensor]:
-        with torch.enable_grad():
-            tensors, leaves = _leaves((theta, *parameters), wanted)
-            theta = tensors[0] if wanted[0] else tensors[0].requires_grad_()
-            value = function(theta, *tensors[1:])
-            (grad,) = torch.autograd.grad(value.sum(), theta, create_graph=True)
-            grads: Sequence[Tensor | None] = [None] * len(leaves)
-            if grad.requires_grad:
-                with twice_differentiable():
-                    grads = torch.autograd.grad(grad, leaves, x, allow_unused=True)
-        return _filled(grads, leaves)
-
-    return pullback
-
-
-def _leaves(
-    tensors: Sequence[Tensor], wanted: Sequence[bool]
-) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-    """Fresh leaves for all of them, and those of which a gradient is wanted."""
-    fresh = tuple(t.detach().requires_grad_(w) for t, w in zip(tensors, wanted, strict=True))
-    return fresh, [t for t in fresh if t.requires_grad]
-
-
-def _filled(grads: Sequence[Tensor | None], leaves: Sequence[Tensor]) -> list[Tensor]:
-    return [
-        torch.zeros_like(t) if g is None else g.detach() for g, t in zip(grads, leaves, strict=True)
-    ]
 
 
 def _spread(grads: Sequence[Tensor], wanted: Sequence[bool]) -> Grads:

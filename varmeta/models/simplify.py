@@ -65,9 +65,9 @@ def direct(program: GraphModule) -> Callable[..., Any]:
 def turn_products(program: GraphModule) -> GraphModule:
     """(AB)ᵀ becomes BᵀAᵀ, and (AB + CD)ᵀ likewise: `program`, changed.
 
-    Rounds differently, so only for what will be compiled. The derivatives of a layer are transposes
-    of products: these are written down twice, and where both factors are transposes themselves
-    PyTorch's library takes six times longer.
+    May round differently. The derivatives of a layer are transposes of products: these are copied
+    to lie in order, and where both factors are transposes themselves PyTorch's library takes six
+    times longer.
     """
     graph = program.graph
     for node in list(graph.nodes):
@@ -76,6 +76,10 @@ def turn_products(program: GraphModule) -> GraphModule:
                 node.replace_all_uses_with(_turned(graph, node.args[0]))
         elif node.target is _aten.view.default:  # of what may lie in another order now
             node.target = _aten.reshape.default
+        elif node.target is _aten._unsafe_view.default and _is_copy(node.args[0]):
+            # Of what may lie in order now, and need not be copied.
+            node.target = _aten.reshape.default
+            node.args = (node.args[0].args[0], *node.args[1:])
     graph.eliminate_dead_code()
     program.recompile()
     return program
@@ -119,6 +123,10 @@ def free_layout(program: GraphModule) -> GraphModule:
             program.graph.erase_node(node)
     program.recompile()
     return program
+
+
+def _is_copy(node: Any) -> bool:
+    return bool(node.target is _aten.clone.default)
 
 
 def _is_transpose(node: Any) -> bool:
