@@ -43,6 +43,21 @@ def twice_differentiable() -> Iterator[None]:
         ) from error
 
 
+def value_and_gradient(function: EnergyFunction) -> Callable[..., list[Tensor]]:
+    """(θ, *p) to E and ∇E."""
+
+    def both(theta: Tensor, *parameters: Tensor) -> list[Tensor]:
+        with torch.enable_grad():
+            leaf = theta.detach().requires_grad_()
+            value = function(leaf, *parameters)
+            grad = torch.zeros_like(theta)
+            if value.requires_grad:
+                (grad,) = torch.autograd.grad(value.sum(), leaf, materialize_grads=True)
+        return [value.detach(), grad]
+
+    return both
+
+
 def first_derivatives(
     function: EnergyFunction, wanted: Sequence[bool]
 ) -> Callable[..., list[Tensor]]:

@@ -277,7 +277,35 @@ class GaussianPrior:
 def penalty(theta: Tensor, loc: Tensor, scale: Tensor, factor: Tensor | None = None) -> Tensor:
     """½(θ−θ0)ᵀΛ(θ−θ0), nats, from bare tensors: `[..., D]` to `[...]`."""
     offset = theta - loc
+    if factor is None:
+        out: Tensor = _HalfSquares.apply(offset * scale**-1)
+        return out
     return 0.5 * (offset * precision_mv(offset, scale, factor)).sum(-1)
+
+
+class _HalfSquares(torch.autograd.Function):
+    """½Σz² over the last dimension, whose derivative is z; autograd would add up two halves."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z: Tensor) -> Tensor:
+        return 0.5 * (z * z).sum(-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *seed: Tensor) -> Tensor:
+        (z,) = ctx.saved_tensors
+        return seed[0][..., None] * z
+
+    @staticmethod
+    def jvp(ctx: Any, *along: Tensor) -> Tensor:
+        (z,) = ctx.saved_tensors
+        return (z * along[0]).sum(-1)
 
 
 def precision_mv(v: Tensor, scale: Tensor, factor: Tensor | None = None) -> Tensor:

@@ -39,7 +39,13 @@ from varmeta.models.capture import (
     compile_graph,
     trace,
 )
-from varmeta.models.derivatives import EnergyFunction, first_derivatives, pullback_of, second
+from varmeta.models.derivatives import (
+    EnergyFunction,
+    first_derivatives,
+    pullback_of,
+    second,
+    value_and_gradient,
+)
 from varmeta.models.simplify import direct, free_layout, split_linear, turn_products
 
 Product = Callable[[Tensor], Tensor]
@@ -148,20 +154,20 @@ class Programs:
 
     def gradient(self, theta: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """E `[T]` and ∇E `[T, D]`, detached."""
-        wanted = [True] + [False] * len(parameters)
-        value, grads = self.first(torch.ones_like(theta[:, 0]), [theta, *parameters], wanted)
-        assert grads[0] is not None
-        return value, grads[0]
+        plain = _plain([theta, *parameters])
+        key = _key("gradient", plain)
+        value, grad = self._run(key, value_and_gradient(self.function), plain)
+        return value, grad
 
     def slope(self, theta: Tensor, parameters: Sequence[Tensor]) -> Derivative | None:
         """∇E for tensors of these shapes, if it is compiled."""
         if not self.compiled:
             return None
         tensors = _plain([theta, *parameters])
-        first = first_derivatives(self.function, [True] + [False] * len(parameters))
+        both = value_and_gradient(self.function)
 
         def slope(theta: Tensor, *parameters: Tensor) -> list[Tensor]:
-            return first(torch.ones_like(theta[:, 0]), theta, *parameters)[1:]
+            return both(theta, *parameters)[1:]
 
         def graph() -> torch.fx.GraphModule:
             recorded = trace(slope, tensors)

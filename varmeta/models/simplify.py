@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
 _aten = torch.ops.aten
+_FILLED = {_aten.ones_like.default, _aten.zeros_like.default, _aten.full_like.default}
 _ONES = {_aten.mul.Scalar, _aten.mul.Tensor, _aten.div.Tensor, _aten.pow.Tensor_Scalar}
 _T = _aten.transpose.int
 _ZEROS = {_aten.add.Tensor, _aten.sub.Tensor}
@@ -204,19 +205,33 @@ def _fold_constants(program: GraphModule, values: dict[Node, Any]) -> None:
     graph, constant = program.graph, set[Node]()
     for node in list(graph.nodes):
         if node.op == "get_attr" or (
-            node.op == "call_function" and all(a in constant for a in node.all_input_nodes)
+            node.op == "call_function"
+            and (_is_number(node, values) or all(a in constant for a in node.all_input_nodes))
         ):
             constant.add(node)
     for index, node in enumerate(graph.nodes):
         used = any(user not in constant for user in node.users)
         if node in constant and used and isinstance(values[node], Tensor):
             name = f"_folded_{index}"
-            program.register_buffer(name, values[node].detach().clone(), persistent=False)
+            program.register_buffer(name, _own(values[node].detach()), persistent=False)
             with graph.inserting_before(node):
                 fetched = graph.get_attr(name)
             values[fetched] = values[node]
             node.replace_all_uses_with(fetched)
     graph.eliminate_dead_code()
+
+
+def _is_number(node: Node, values: dict[Node, Any]) -> bool:
+    """The 1 that autograd begins with, say; to keep more would cost memory."""
+    return node.target in _FILLED and bool(values[node].numel() == 1)
+
+
+def _own(value: Tensor) -> Tensor:
+    """A copy that is expanded where the value is."""
+    once = value
+    for dim, step in enumerate(value.stride()):
+        once = once.narrow(dim, 0, min(1, value.shape[dim])) if step == 0 else once
+    return once.clone().expand(value.shape)
 
 
 def _drop_identities(program: GraphModule, values: dict[Node, Any]) -> None:
@@ -230,25 +245,36 @@ def _drop_identities(program: GraphModule, values: dict[Node, Any]) -> None:
         # same way is the same tensor.
         place = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
         same = views.setdefault(place, node)
-        if same is node and _is_identity(node, values):
-            same = views[place] = node.args[0]  # type: ignore[assignment]
+        source = _unchanged(node, values) if same is node else None
+        if source is not None:
+            same = views[place] = source
         if same is not node and node.op == "call_function":
             node.replace_all_uses_with(same)
             program.graph.erase_node(node)
 
 
-def _is_identity(node: Node, values: dict[Node, Any]) -> bool:
-    """x · 1, x / 1, x¹, x + 0, x − 0."""
+def _unchanged(node: Node, values: dict[Node, Any]) -> Node | None:
+    """What x · 1, 1 · x, x / 1, x¹, x + 0 or x − 0 is, of numbers and of what is full of them."""
     if node.op != "call_function" or len(node.args) != 2 or node.kwargs:
-        return False
-    source, number = node.args
-    if not isinstance(source, Node) or not isinstance(number, (int, float)):
-        return False
-    one, zero = node.target in _ONES and number == 1, node.target in _ZEROS and number == 0
-    if not (one or zero):
-        return False
-    value, before = values[node], values[source]
-    return bool(value.shape == before.shape and value.dtype == before.dtype)
+        return None
+    wanted = 1 if node.target in _ONES else 0 if node.target in _ZEROS else None
+    either = node.target in (_aten.mul.Tensor, _aten.add.Tensor)
+    for source, number in (node.args, node.args[::-1]) if either else (node.args,):
+        if wanted is None or not isinstance(source, Node) or not _is_full(number, wanted, values):
+            continue
+        value, before = values[node], values[source]
+        if value.shape == before.shape and value.dtype == before.dtype:
+            return source
+    return None
+
+
+def _is_full(number: Any, wanted: int, values: dict[Node, Any]) -> bool:
+    if isinstance(number, Node):
+        known = number.op == "get_attr" or number.target in _FILLED
+        return (
+            known and isinstance(values[number], Tensor) and bool((values[number] == wanted).all())
+        )
+    return isinstance(number, (int, float)) and number == wanted
 
 
 def _share_equals(program: GraphModule) -> None:
