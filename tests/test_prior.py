@@ -85,6 +85,28 @@ def test_gradients_of_the_kl_are_those_of_finite_differences(groups, rank):
 
 
 @everywhere
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, of forward derivatives
+def test_derivatives_of_the_penalty_are_those_of_finite_differences(groups, rank):
+    """The first two, in everything; under `torch.func` it is the function that it is."""
+    prior, theta, along = make(groups, rank), numbers(2, D, seed=4), numbers(2, D, seed=5)
+    names = ["loc", "log_scale", *(["factor"] if rank else [])]
+
+    def penalty(theta, *leaves):
+        return replace(prior, **dict(zip(names, leaves, strict=True))).penalty(theta)
+
+    leaves = [t.clone().requires_grad_() for t in (theta, *(getattr(prior, n) for n in names))]
+    assert torch.autograd.gradcheck(penalty, leaves)
+    assert torch.autograd.gradgradcheck(penalty, leaves)
+    matrix, close = prior.precision(), {"rtol": 1e-11, "atol": 1e-11}
+    rows = torch.vmap(torch.func.hessian(prior.penalty))(theta)  # forward over reverse
+    torch.testing.assert_close(rows, matrix.expand(2, D, D), **close)
+    _, slope = torch.func.jvp(prior.penalty, (theta,), (along,))
+    torch.testing.assert_close(
+        slope, (along * prior.precision_mv(theta - prior.loc)).sum(-1), **close
+    )
+
+
+@everywhere
 def test_samples_have_the_mean_and_covariance(groups, rank):
     prior, count = make(groups, rank), 40_000
     draws = prior.sample((count // 2, 2), generator(0))

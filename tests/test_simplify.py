@@ -3,11 +3,56 @@
 from __future__ import annotations
 
 import torch
-from density_cases import numbers
+from density_cases import FLOAT, numbers
 from torch import Tensor
 
 from varmeta.models.capture import trace
 from varmeta.models.simplify import accumulate, free_layout, turn_products
+
+
+def test_what_changes_nothing_is_left_out() -> None:
+    """Of numbers, and of tensors that are full of them; what changes type or shape stays."""
+    ones, column, zeros = (
+        torch.ones(2, 3, dtype=FLOAT),
+        torch.ones(2, 1, dtype=FLOAT),
+        torch.zeros(3),
+    )
+
+    def nothing(x: Tensor) -> Tensor:
+        x = (x.exp() * 1 * ones / column + zeros - 0) ** 1
+        x = torch.zeros_like(x) + column * x
+        return (x - zeros.expand(2, 3)).tanh()
+
+    def something(x: Tensor) -> list[Tensor]:
+        narrow = x[:, :1]
+        first = torch.cat([ones[:1], 2 * ones[:1]]), torch.tensor([0.0, -0.1, 0.0])
+        return [
+            *(ones / x, zeros - x, column.expand(2, 3) - x, x * first[0], x + first[1]),
+            *(narrow * ones, narrow + zeros, x.int() * 1.0, x.float() + zeros.to(FLOAT)),
+            *(x * 0, x / 2, x**0, 1 - x, torch.add(x, ones, alpha=0), torch.full_like(x, 3.0) * x),
+        ]
+
+    x = numbers(2, 3)
+    graph = trace(nothing, [x])
+    assert torch.equal(graph(x), nothing(x))
+    left = [n.target for n in graph.graph.nodes if n.op == "call_function"]
+    assert left == [torch.ops.aten.exp.default, torch.ops.aten.tanh.default]
+    for got, wanted in zip(trace(something, [x])(x), something(x), strict=True):
+        assert torch.equal(got, wanted) and got.dtype == wanted.dtype
+
+
+def test_constants_take_no_more_memory_than_they_did() -> None:
+    one = torch.ones((), dtype=FLOAT)
+
+    def function(x: Tensor) -> Tensor:
+        large = torch.zeros_like(x)  # may be as large as θ: not kept
+        return x.sum() * torch.ones_like(x.sum()) + (one * 3).expand(1000, 3) * x[:1] + large[:1]
+
+    x = numbers(1000, 3)
+    graph = trace(function, [x])
+    assert torch.equal(graph(x), function(x))
+    kept = list(graph.buffers())
+    assert kept and sum(t.untyped_storage().nbytes() for t in kept) <= 8 * len(kept)
 
 
 def test_transposes_of_products_are_products_of_transposes() -> None:

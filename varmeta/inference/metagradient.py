@@ -109,12 +109,13 @@ class MetaGradient(Strategy):
         """One meta-gradient step."""
         leaves = state.meta.leaves()
         before = state.meta.log_prior() / -batch.total
-        grads = list(_grad(before, leaves))
         parts, count = batch.split(self._part_size(density, state, batch)), len(batch.tasks)
-        all_losses, reports = [], []
+        grads, all_losses = [torch.zeros_like(t) for t in leaves], list[Tensor]()
+        reports: list[Report] = []
         for part in parts:
             losses, report = self.task_losses(density, state, part, generator)
-            for grad, more in zip(grads, _grad(losses.sum() / count, leaves), strict=True):
+            total = losses.sum() / count + (0.0 if reports else before)
+            for grad, more in zip(grads, _grad(total, leaves), strict=True):
                 grad += more
             all_losses.append(losses.detach())
             reports.append(report)
