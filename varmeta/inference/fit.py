@@ -340,9 +340,10 @@ class _Run:
         self.rows.append(row)
         meta = self.state.meta
         if len(meta.raw["log_scale"]) <= MOST_MODULES:  # on the device, which nothing waits for
-            self.path.append((meta.origin.log_scale + meta.raw["log_scale"]).exp().detach())
-        if isinstance(self.training, TaskSource):
-            self.stats = dict(info.stats)
+            with torch.no_grad():
+                self.path.append((meta.origin.log_scale + meta.raw["log_scale"]).exp())
+        if isinstance(self.training, TaskSource) or len(batch.tasks) == len(self.training):
+            self.stats = {name: value.detach() for name, value in info.stats.items()}
             return
         for name, value in info.stats.items():
             if name not in self.stats:
@@ -353,7 +354,7 @@ class _Run:
 
 def _noise(density: Density, seed: int, *stream: int) -> torch.Generator:
     """Where the model is: the same seed gives other numbers on another kind of device."""
-    return generator(seed, *stream, device=density.shared_init.device)
+    return generator(seed, *stream, device=density.sites[0].loc.device)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
@@ -122,10 +123,11 @@ class MetaGradient(Strategy):
         losses = torch.cat(all_losses)
         each = [report.stats() for report in reports]
         stats = {name: torch.cat([s[name] for s in each]) for name in each[0]}
-        loss, finite, worst = _read(losses, before.detach(), grads, stats)
-        if not finite:
+        loss, sums, worst = _read(losses, before.detach(), grads, stats)
+        if not math.isfinite(sum(sums, start=loss)):  # or a sum of finite numbers is too large
             check_finite(losses, batch.tasks, state.step)
-            raise NonFiniteLoss(non_finite_gradient(state.step))
+            if not all(bool(g.isfinite().all()) for g in grads):
+                raise NonFiniteLoss(non_finite_gradient(state.step))
         self.apply(state, leaves, grads)
         spent = sum(len(p.tasks) * r.gradients for p, r in zip(parts, reports, strict=True))
         return StepInfo(loss, spent, stats, worst)
@@ -168,13 +170,13 @@ def _grad(total: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
 
 def _read(
     losses: Tensor, before: Tensor, grads: list[Tensor], stats: dict[str, Tensor]
-) -> tuple[float, bool, dict[str, float]]:
-    """Objective, whether all is finite, and `StepInfo.worst`.
+) -> tuple[float, list[float], dict[str, float]]:
+    """Objective, the sum of each gradient, and `StepInfo.worst`.
 
     All in one reading, the only time that a step waits for its device.
     """
-    finite = torch.stack([losses.isfinite().all(), *(g.isfinite().all() for g in grads)]).all()
     each = {name: s.sum() if s.dtype == torch.bool else s.max() for name, s in stats.items()}
-    wanted = [losses.mean() + before, finite, *each.values()]
-    loss, ok, *worst = torch.stack([w.to(losses.dtype) for w in wanted]).tolist()
-    return loss, ok == 1, dict(zip(each, worst, strict=True))
+    wanted = [losses.mean() + before, *(g.sum() for g in grads), *each.values()]
+    loss, *rest = torch.stack([w.to(losses.dtype) for w in wanted]).tolist()
+    sums, worst = rest[: len(grads)], rest[len(grads) :]
+    return loss, sums, dict(zip(each, worst, strict=True))
