@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--compiled", action="store_true", help="with density.compiled()")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=20, help="meta-steps of each in a round")
+    parser.add_argument("--steps", type=int, default=40, help="meta-steps of each in a round")
     args = parser.parse_args()
     torch.set_num_threads(1)
 
