@@ -158,3 +158,20 @@ def test_what_cannot_be_called_from_cpp_is_called_from_python(
         for a, b in zip(found, second_order(*tensors), strict=True):
             torch.testing.assert_close(a, b)
     assert asked == [False, True, False]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_sum_into_few_places_is_compiled_with_several_threads() -> None:
+    """The gradient in scales that coordinates share: PyTorch 2.13 fails to share it out."""
+
+    def scatter(seed: Tensor, groups: Tensor) -> list[Tensor]:
+        return [seed.new_zeros(1).index_put((groups,), seed.sum(0), accumulate=True)]
+
+    tensors = [numbers(3, 3), torch.zeros(3, dtype=torch.long)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = compile_graph(trace(scatter, tensors), tensors)(*tensors)
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(found[0], tensors[0].sum()[None])

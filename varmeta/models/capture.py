@@ -172,16 +172,21 @@ def compile_graph(
     for node in graph.graph.nodes:
         node.meta.pop("val", None)  # of the recording: inductor would take it for its own
     options = {k: v for k, v in OPTIONS.items() if hasattr(torch._inductor.config, k)}
-    if many and tensors[0].device.type == "cpu":
-        options["cpp_wrapper"] = True
-    try:
-        program: Program = torch._inductor.compile(graph, list(tensors), options or None)
-    except Exception as error:  # it fails in many ways
-        if "cpp_wrapper" in options:
-            return compile_graph(graph, tensors)
-        first = (str(error).splitlines() or [""])[0]
-        raise Unrecordable(f"{type(error).__name__}: {first}") from error
-    return program
+    attempts: list[dict[str, Any]] = [options]
+    if tensors[0].device.type == "cpu":
+        attempts = [options | {"cpp_wrapper": True}] * many + [options]
+        # Sums into few places at once, as of scales, fail with several threads (PyTorch 2.13).
+        attempts += [options | {"cpp.threads": 1}] * (torch.get_num_threads() > 1)
+    errors = []
+    for attempt in attempts:
+        try:
+            program: Program = torch._inductor.compile(graph, list(tensors), attempt or None)
+        except Exception as error:  # it fails in many ways
+            errors.append(error)
+        else:
+            return program
+    first = (str(errors[0]).splitlines() or [""])[0]
+    raise Unrecordable(f"{type(errors[0]).__name__}: {first}") from errors[0]
 
 
 def agree(program: Program, function: Program, tensors: Sequence[Tensor], *, exact: bool) -> None:
