@@ -273,7 +273,13 @@ def test_preconditioned_cg_needs_fewer_iterations(sketch: str, unit: float) -> N
     assert bool((4 * found.iterations < plain.iterations).all())
     assert found.products == 12 + int(found.iterations.max())
     assert bool((found.residual <= default_tolerance(FLOAT)).all())
-    assert_close(found.residual, true_residual(a, b, found.x), 0.5)
+    # The residual that CG carries along leaves the true one by the rounding of products alone.
+    rounding = torch.finfo(FLOAT).eps * torch.linalg.matrix_norm(a, 2) * found.x.norm(dim=-1)
+    gap = (found.residual - true_residual(a, b, found.x)).abs()
+    assert bool((gap < rounding / b.norm(dim=-1)).all())
+    loose = CG(max_iterations=2000, tolerance=1e-4, preconditioner=preconditioner)
+    early = loose.solve(product(a), b)
+    assert_close(early.residual, true_residual(a, b, early.x), 1e-4)
     assert_close(found.x, torch.linalg.solve(a, b), 1e-7)
 
 
