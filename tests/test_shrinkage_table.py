@@ -243,7 +243,7 @@ def test_an_old_checkpoint_has_no_path(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     interrupted(path, 3)
     saved = torch.load(path, weights_only=True)
-    del saved["path"]
+    del saved["moved"]
     torch.save(saved, path)
     done, full = whole(path), whole()
     assert done.scales is not None and full.scales is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import helpers
 import numpy as np
@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from varmeta.models.density import Density
-from varmeta.seeds import generator, global_rng
+from varmeta.seeds import generator, generators, global_rng
 from varmeta.tasks import Tasks, TaskSource
 
 FLOAT = torch.float64
@@ -339,6 +339,13 @@ def test_streams_of_a_seed_are_all_different():
     seeds = {generator(s, *stream).initial_seed() for s in range(3) for stream in streams}
     assert len(seeds) == 3 * len(streams)
     assert generator(2, 5).initial_seed() == generator(2, 5).initial_seed()
+
+
+@pytest.mark.parametrize("first", [0, 3, 40])
+def test_many_generators_are_those_made_one_by_one(first: int):
+    many = islice(generators(2, 5, 1, first=first), 70)
+    one_by_one = [generator(2, 5, 1, first + k) for k in range(70)]
+    assert [g.initial_seed() for g in many] == [g.initial_seed() for g in one_by_one]
 
 
 def test_global_rng_is_seeded_by_the_generator_and_then_restored():

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+_AT_ONCE = 32
+
 
 def generator(seed: int, *stream: int, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator for one `stream` of one `seed`.
@@ -15,7 +17,23 @@ def generator(seed: int, *stream: int, device: torch.device | str = "cpu") -> to
     The pair is hashed (NumPy's `SeedSequence`), so that step 7 of seed 0 draws the same numbers in
     a resumed run as in an uninterrupted one, and neighbouring streams are independent.
     """
-    state = np.random.SeedSequence(seed, spawn_key=stream).generate_state(1, np.uint64)[0]
+    return _seeded(np.random.SeedSequence(seed, spawn_key=stream), device)
+
+
+def generators(
+    seed: int, *stream: int, first: int = 0, device: torch.device | str = "cpu"
+) -> Iterator[torch.Generator]:
+    """`generator(seed, *stream, first)`, then that of `first + 1`, and so on without end.
+
+    Hashing many at once costs a fraction each of hashing one between other work.
+    """
+    source = np.random.SeedSequence(seed, spawn_key=stream, n_children_spawned=first)
+    while True:
+        yield from [_seeded(child, device) for child in source.spawn(_AT_ONCE)]
+
+
+def _seeded(hashed: np.random.SeedSequence, device: torch.device | str) -> torch.Generator:
+    state = hashed.generate_state(1, np.uint64)[0]
     return torch.Generator(device=device).manual_seed(int(state) & (2**63 - 1))
 
 

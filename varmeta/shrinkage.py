@@ -129,13 +129,13 @@ def find_shrinkage(
 
 
 def scales_path(path: list[Tensor], start: GaussianPrior, steps: int) -> Tensor | None:
-    """`[steps, M]` from the scales after the last of these steps, or None, as `fit.scales`."""
+    """`[steps, M]` or None, as `fit.scales`; `path` says how far each log scale was moved."""
     if not path:
         return None
-    known = torch.stack(path)
-    if bool((known[:-1] == start.log_scale.exp()).all()):
+    moved = torch.stack(path)
+    if not bool(moved[:-1].any()):
         return None
-    return pad(known, (0, 0, steps - len(known), 0), value=math.nan)
+    return pad((start.log_scale + moved).exp(), (0, 0, steps - len(moved), 0), value=math.nan)
 
 
 def module_scales(prior: GaussianPrior) -> Tensor:

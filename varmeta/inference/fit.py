@@ -28,7 +28,7 @@ from varmeta.inference.diagnostics import note, warn_of, warn_of_collapse
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import TaskPosterior
-from varmeta.seeds import generator
+from varmeta.seeds import generator, generators
 from varmeta.shrinkage import MOST_MODULES, Shrinkage, find_shrinkage, scales_path
 from varmeta.tasks import Tasks, TaskSource
 
@@ -49,7 +49,7 @@ class Fit:
         history: one row per step: `step`, `loss` (nats per task), `gradients` (evaluations so far),
             `seconds`, and the worst `grad_norm` and `residual` over tasks where there are any.
         stats: per-task diagnostics `[T]` of the last visit to each training task.
-        path: `[M]` each, what `scales` is made of.
+        path: `[M]` each, how far a step had moved the log scales; `scales` is made of it.
     """
 
     strategy: Strategy
@@ -151,7 +151,7 @@ class Fit:
             "strategy": repr(self.strategy),
             "history": {str(k): v.tolist() for k, v in self.history.items()},
             "stats": self.stats,
-            "path": torch.stack(self.path) if self.path else [],
+            "moved": torch.stack(self.path) if self.path else [],
         }
         target = Path(path)
         part = target.with_name(target.name + ".part")  # never a half-written file under the name
@@ -249,7 +249,8 @@ class _Run:
         self.state, self.seed, self.batch_size = state, seed, batch_size
         self.rows: list[dict[str, float]] = []
         self.stats: dict[str, Tensor] = {}
-        self.path: list[Tensor] = []  # scales after each step
+        self.path: list[Tensor] = []  # of the log scales, after each step
+        self.all: Batch | None = None  # of all tasks, when they come in one
         self.order: tuple[int, Tensor] | None = None  # an epoch, and its order of the tasks
         self.whole = True  # not within a step, which may have changed half of the state
 
@@ -263,18 +264,14 @@ class _Run:
         last = self.rows[-1] if self.rows else {"seconds": 0.0, "gradients": 0.0}
         seconds, gradients = last["seconds"], last["gradients"]
         saved = time.monotonic()
+        noise = generators(self.seed, _STEP, first=state.step, device=_device(self.density))
         with _whole_steps() as pause, _bar(progress) as bar:
             line = bar.add_task(self.strategy.name, total=total, completed=state.step, note="")
             while state.step < total:
                 start = time.perf_counter()
                 batch = self._batch(state.step)
                 self.whole = False
-                info = self.strategy.step(
-                    self.density,
-                    state,
-                    batch,
-                    _noise(self.density, self.seed, _STEP, state.step),
-                )
+                info = self.strategy.step(self.density, state, batch, next(noise))
                 state.meta.keep_bounds()
                 state.step += 1
                 seconds += time.perf_counter() - start
@@ -291,7 +288,8 @@ class _Run:
 
     def result(self) -> Fit:
         history, given = pd.DataFrame(self.rows), (self.strategy, self.density, self.tasks)
-        return Fit(*given, self.state, self.seed, history, self.stats, self.path)
+        stats = {name: value.detach() for name, value in self.stats.items()}
+        return Fit(*given, self.state, self.seed, history, stats, self.path)
 
     def load(self, path: Path) -> None:
         saved = torch.load(path, weights_only=True)
@@ -304,7 +302,7 @@ class _Run:
         self.state.load_state_dict(saved["state"])
         self.rows = pd.DataFrame(saved["history"]).to_dict("records")  # type: ignore[assignment]
         self.stats = saved["stats"]
-        self.path = list(saved.get("path", []))
+        self.path = list(saved.get("moved", []))
 
     def _batch(self, step: int) -> Batch:
         if isinstance(self.training, TaskSource):
@@ -312,7 +310,8 @@ class _Run:
             return Batch(tasks, torch.arange(len(tasks)), float("inf"))
         count = len(self.training)
         if self.batch_size is None or self.batch_size == count:
-            return Batch(self.training, torch.arange(count), count)
+            self.all = self.all or Batch(self.training, torch.arange(count), count)
+            return self.all
         # Without replacement through each epoch; the few tasks left at its end wait for the next.
         epoch, place = divmod(step, count // self.batch_size)
         if self.order is None or self.order[0] != epoch:
@@ -323,12 +322,8 @@ class _Run:
         return Batch(self.training.select(index), index, count)
 
     def _record(self, info: StepInfo, batch: Batch, seconds: float, gradients: float) -> None:
-        row: dict[str, float] = {
-            "step": self.state.step,
-            "loss": info.loss,
-            "gradients": gradients,
-            "seconds": seconds,
-        }
+        row: dict[str, float] = {"step": self.state.step, "loss": info.loss}
+        row |= {"gradients": gradients, "seconds": seconds}
         for name in ("grad_norm", "residual", "converged", "negative_curvature"):
             if name not in info.stats:
                 continue
@@ -340,10 +335,9 @@ class _Run:
         self.rows.append(row)
         meta = self.state.meta
         if len(meta.raw["log_scale"]) <= MOST_MODULES:  # on the device, which nothing waits for
-            with torch.no_grad():
-                self.path.append((meta.origin.log_scale + meta.raw["log_scale"]).exp())
+            self.path.append(meta.raw["log_scale"].detach().clone())
         if isinstance(self.training, TaskSource) or len(batch.tasks) == len(self.training):
-            self.stats = {name: value.detach() for name, value in info.stats.items()}
+            self.stats = info.stats
             return
         for name, value in info.stats.items():
             if name not in self.stats:
@@ -354,7 +348,11 @@ class _Run:
 
 def _noise(density: Density, seed: int, *stream: int) -> torch.Generator:
     """Where the model is: the same seed gives other numbers on another kind of device."""
-    return generator(seed, *stream, device=density.sites[0].loc.device)
+    return generator(seed, *stream, device=_device(density))
+
+
+def _device(density: Density) -> torch.device:
+    return density.sites[0].loc.device
 
 
 @contextmanager

@@ -111,18 +111,17 @@ class MetaGradient(Strategy):
         leaves = state.meta.leaves()
         before = state.meta.log_prior() / -batch.total
         parts, count = batch.split(self._part_size(density, state, batch)), len(batch.tasks)
-        grads, all_losses = [torch.zeros_like(t) for t in leaves], list[Tensor]()
-        reports: list[Report] = []
+        grads, all_losses, reports = list[Tensor](), list[Tensor](), list[Report]()
         for part in parts:
             losses, report = self.task_losses(density, state, part, generator)
             total = losses.sum() / count + (0.0 if reports else before)
-            for grad, more in zip(grads, _grad(total, leaves), strict=True):
-                grad += more
+            more = _grad(total, leaves)
+            grads = [a + b for a, b in zip(grads, more, strict=True)] if reports else more
             all_losses.append(losses.detach())
             reports.append(report)
-        losses = torch.cat(all_losses)
+        losses = _joined(all_losses)
         each = [report.stats() for report in reports]
-        stats = {name: torch.cat([s[name] for s in each]) for name in each[0]}
+        stats = {name: _joined([s[name] for s in each]) for name in each[0]}
         loss, sums, worst = _read(losses, before.detach(), grads, stats)
         if not math.isfinite(sum(sums, start=loss)):  # or a sum of finite numbers is too large
             check_finite(losses, batch.tasks, state.step)
@@ -158,14 +157,16 @@ class MetaGradient(Strategy):
         update(state.optimisers["meta"], leaves, grads, rate)
 
 
-def _grad(total: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+def _grad(total: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     """d total / d leaves; 0 where there is no way to one (fixed scales without a prior)."""
     if not total.requires_grad:
-        return tuple(torch.zeros_like(t) for t in leaves)
-    grads = torch.autograd.grad(total, leaves, allow_unused=True)
-    return tuple(
-        torch.zeros_like(t) if g is None else g for g, t in zip(grads, leaves, strict=True)
-    )
+        return [torch.zeros_like(t) for t in leaves]
+    return list(torch.autograd.grad(total, leaves, materialize_grads=True))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """The tasks of all parts."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _read(
@@ -175,8 +176,13 @@ def _read(
 
     All in one reading, the only time that a step waits for its device.
     """
-    each = {name: s.sum() if s.dtype == torch.bool else s.max() for name, s in stats.items()}
-    wanted = [losses.mean() + before, *(g.sum() for g in grads), *each.values()]
-    loss, *rest = torch.stack([w.to(losses.dtype) for w in wanted]).tolist()
-    sums, worst = rest[: len(grads)], rest[len(grads) :]
-    return loss, sums, dict(zip(each, worst, strict=True))
+    table = torch.stack([losses, *(s.to(losses.dtype) for s in stats.values())])
+    single = torch.stack([before, *(g.sum() for g in grads)])
+    values = torch.cat([single, table.amax(1), table.sum(1)]).tolist()
+    start, *sums = values[: len(single)]
+    most, total = values[len(single) : -len(table)], values[-len(table) :]
+    worst = {
+        name: total[k] if s.dtype == torch.bool else most[k]
+        for k, (name, s) in enumerate(stats.items(), start=1)
+    }
+    return total[0] / len(losses) + start, sums, worst
