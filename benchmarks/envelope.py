@@ -83,7 +83,7 @@ def steps_of(workload: Workload) -> dict[str, Step]:
         total = losses(density, moved, shared, tasks)[0].mean()
         return torch.cat(torch.autograd.grad(total, leaves))
 
-    found: dict[str, Step] = {name: (lambda s=s: step(s.bounds)) for name, s in amortised.items()}
+    found: dict[str, Step] = {name: (lambda s=s: step(s.losses)) for name, s in amortised.items()}
     return found | {"iMAML, query loss": lambda: step(iterated.losses)}
 
 

@@ -39,7 +39,7 @@ SHAPES = [(0, 6, 3), (1, 6, 3), (2, 9, 4), (3, 5, 1)]  # seed, tasks, dim
 def gradient_of(strategy: AmortisedVariational, case: Case) -> tuple[Tensor, list[Tensor]]:
     """Bounds `[T]`, and the gradient of their sum in θ0, the log scales and φ."""
     prior, shared, at = leaves_of(case)
-    bounds, _ = strategy.bounds(case.density, prior, shared, case.tasks)
+    bounds, _ = strategy.losses(case.density, prior, shared, case.tasks)
     return bounds.detach(), list(torch.autograd.grad(bounds.sum(), at))
 
 
@@ -86,7 +86,7 @@ def test_laplace_on_query_rows_is_the_exact_expected_bound(linear: LinearGaussia
     """KL[q‖N(θ0,Σ)] + E_q g, with q the exact posterior given the support rows."""
     case = case_of(linear)
     strategy = AmortisedVariational(q="laplace", outside="query")
-    bounds, _ = strategy.bounds(case.density, case.prior, case.shared, case.tasks)
+    bounds, _ = strategy.losses(case.density, case.prior, case.shared, case.tasks)
     query = replace(linear, designs=linear.query_designs, targets=linear.query_targets)
     covs = np.stack([linear.posterior_cov(i) for i in range(linear.num_tasks)])
     assert_close(bounds.sum(), query.gaussian_joint(linear.theta_stars(), covs), 1e-9)
@@ -138,7 +138,7 @@ def bound(strategy: AmortisedVariational, **at: Tensor) -> Tensor:
     """The bound of a logistic problem, summed over tasks, in all that is learned."""
     density, tasks = problem()
     prior = GaussianPrior(at["loc"], at["log_scale"], torch.arange(DIM), at["factor"])
-    bounds, _ = strategy.bounds(density, prior, at["shared"], tasks)
+    bounds, _ = strategy.losses(density, prior, at["shared"], tasks)
     return bounds.sum()
 
 

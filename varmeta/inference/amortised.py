@@ -159,7 +159,11 @@ class AmortisedVariational(MetaGradient):
             return super().prepare(tasks, seed)
         return tasks.unsplit if isinstance(tasks, Tasks) else tasks
 
-    def bounds(
+    def rows_inside(self, tasks: Tasks) -> Tasks:
+        """All rows for `outside="support"`, else the support part."""
+        return tasks.support if self.outside == "query" else tasks.unsplit
+
+    def losses(
         self,
         density: Density,
         prior: GaussianPrior,
@@ -171,27 +175,45 @@ class AmortisedVariational(MetaGradient):
 
         `generator` is of the log-determinant's probes, where there are any; seed 0 if None.
         """
-        inside = tasks.support if self.outside == "query" else tasks.unsplit
-        energy = TaskEnergy(density, inside, shared, prior)
+        energy = TaskEnergy(density, self.rows_inside(tasks), shared, prior)
         start = prior.loc.expand(len(tasks), -1)
         theta, info = prox(energy, start, minimiser=self.minimiser, adjoint=self.adjoint)
-        query = tasks.query if self.outside == "query" else None
-        outer = energy if query is None else TaskEnergy(density, query, shared, prior)
-        loss = outer.loss(theta)
         info.gradients += 2
+        loss, curvature = self._bound(density, prior, shared, tasks, theta, generator)
+        return loss, BoundInfo(info, curvature)
+
+    def loss_at(
+        self, density: Density, prior: GaussianPrior, shared: Tensor, tasks: Tasks, theta: Tensor
+    ) -> Tensor:
+        """The bound of each task whose mode is θ `[T, D]`, nats: `[T]`."""
+        return self._bound(density, prior, shared, tasks, theta)[0]
+
+    def _bound(
+        self,
+        density: Density,
+        prior: GaussianPrior,
+        shared: Tensor,
+        tasks: Tasks,
+        theta: Tensor,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, LogDetInfo | None]:
+        query = tasks.query if self.outside == "query" else None
+        inside = self.rows_inside(tasks)
+        outer = inside if query is None else query
+        loss = TaskEnergy(density, outer, shared, prior).loss(theta)
         if self.q == "delta":
-            return loss, BoundInfo(info)
+            return loss, None
         volume, curvature = self.logdet.terms(
             density, prior, shared, inside, theta, query=query, generator=generator
         )
-        return loss + volume, BoundInfo(info, curvature)
+        return loss + volume, curvature
 
     def task_losses(
         self, density: Density, state: State, batch: Batch, generator: torch.Generator
     ) -> tuple[Tensor, BoundInfo]:
-        """See `bounds`."""
+        """See `losses`."""
         meta = state.meta
-        return self.bounds(density, meta.prior, meta.shared, batch.tasks, generator)
+        return self.losses(density, meta.prior, meta.shared, batch.tasks, generator)
 
     def adapt(
         self, density: Density, state: State, tasks: Tasks, generator: torch.Generator

@@ -28,6 +28,7 @@ from varmeta.inference.check_references import (
     directions,
     loss_gradient,
 )
+from varmeta.inference.laplace import MAX_DIM
 from varmeta.inference.point import Point
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
@@ -111,7 +112,9 @@ def check_gradient(
     A few hundred adaptations of all tasks: give it some tasks, not all of them.
 
     Args:
-        strategy: with `losses` and no random numbers: `IMAML`, `MAML`, `FOMAML`, `MetaSGD`.
+        strategy: with `losses` and no random numbers: `IMAML`, `MAML`, `FOMAML`, `MetaSGD`,
+            `SigmaIMAML`, `SigmaMAML`, `AmortisedVariational`, `LaplaceEvidence` (of these two the
+            objective is the bound; with Laplace's q up to 200 coordinates).
         density: the model.
         prior: N(θ0, Σ), where the gradient is taken.
         tasks: with a support and a query part; without, all rows are both.
@@ -141,7 +144,7 @@ def check_gradient(
         >>> check.ok, "raise max_iterations (now 3)" in check.findings[1]
         (False, True)
     """
-    _check_strategy(strategy)
+    _check_strategy(strategy, density)
     if not 0 < tolerance < 1:
         raise ValueError(f"tolerance is a relative error between 0 and 1, got {tolerance}")
     shared = density.shared_init if shared is None else shared
@@ -208,9 +211,15 @@ def check_gradient(
     )
 
 
-def _check_strategy(strategy: Any) -> None:
+def _check_strategy(strategy: Any, density: Density) -> None:
     """Raise a ValueError unless its steps go along the gradient of `losses`, without noise."""
-    kind, works = type(strategy), "check_gradient works with IMAML, MAML, FOMAML and MetaSGD"
+    kind, works = (
+        type(strategy),
+        (
+            "check_gradient works with IMAML, MAML, FOMAML, MetaSGD, SigmaIMAML, SigmaMAML, "
+            "AmortisedVariational and LaplaceEvidence"
+        ),
+    )
     if not hasattr(kind, "losses"):
         raise ValueError(
             f"strategy is {kind.__name__}, which has no method losses(density, prior, shared, "
@@ -222,6 +231,13 @@ def _check_strategy(strategy: Any) -> None:
         raise ValueError(
             f"strategy is {kind.__name__}, whose losses want {', '.join(wanted)} as well: its "
             f"gradient is random and has no finite differences; {works}"
+        )
+    if getattr(strategy, "q", "") == "laplace" and not strategy.logdet.is_dense(density.dim):
+        raise ValueError(
+            f"strategy is {kind.__name__}, whose log-determinants come from random probes here: "
+            "its gradient is that of their mean, and no finite difference of one draw is. Check it "
+            f"with logdet=LogDet() on a model of at most {MAX_DIM} coordinates (this one has "
+            f"{density.dim})"
         )
     if getattr(strategy, "loc_from", "") == "joint":
         raise ValueError(

@@ -144,6 +144,13 @@ def _by_design(e: Evidence) -> Iterator[str]:
     adjoint = e.adjoint
     if isinstance(adjoint, Unrolled) and adjoint.first_order:
         left = "takes the inner gradients as constants: use MAML or Unrolled()"
+    elif getattr(e.strategy, "gradient", "") == "envelope":
+        if not _far(e).any():  # then the theorem holds, and it is something else
+            return
+        left = (
+            "has no derivative through θ*, by the envelope theorem, which wants θ* to be solved "
+            "for: solve the inner problem, or use gradient='implicit'"
+        )
     elif isinstance(adjoint, Detached):
         left = "has no derivative through θ* at all: use Implicit()"
     elif isinstance(adjoint, OneStep):
@@ -163,11 +170,8 @@ def _by_design(e: Evidence) -> Iterator[str]:
 
 
 def _unsolved(e: Evidence, agrees: bool) -> Iterator[str]:
-    distance, norm = e.column("distance"), e.column("grad_norm")
-    if distance is None or not e.error(EXACT) > e.tolerance:
-        return
-    far = distance > _FAR
-    if not far.any():
+    distance, norm, far = e.column("distance"), e.column("grad_norm"), _far(e)
+    if distance is None or not e.error(EXACT) > e.tolerance or not far.any():
         return
     steps = getattr(e.strategy.minimiser, "max_iterations", None)
     now = "" if steps is None else f" (now {steps})"
@@ -183,6 +187,12 @@ def _unsolved(e: Evidence, agrees: bool) -> Iterator[str]:
         f"standard deviations from the minimum{how}): raise max_iterations{now}, lower the "
         "tolerance, or change the step size"
     )
+
+
+def _far(e: Evidence) -> np.ndarray[Any, Any]:
+    """Per task, whether the inner loop ended away from the minimum; False where none is known."""
+    distance = e.column("distance")
+    return np.zeros(len(e.tasks), bool) if distance is None else distance > _FAR
 
 
 def _solver(e: Evidence) -> Iterator[str]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from varmeta.inference.energy import TaskEnergy
 from varmeta.inference.laplace import MAX_DIM, hessian
 from varmeta.inference.linear import CG
+from varmeta.inference.metagradient import MetaGradient
 from varmeta.inference.minimise import FirstOrder, Minimiser
 from varmeta.inference.newton import NewtonCG
 from varmeta.inference.point import Point
@@ -109,6 +110,7 @@ class InnerProblem:
         values: eigenvalues of ∇²E at θ, `[T, D]`; None for large D.
     """
 
+    strategy: MetaGradient
     density: Density
     point: Point
     tasks: Tasks
@@ -120,13 +122,13 @@ class InnerProblem:
 
     @classmethod
     def of(cls, strategy: Any, density: Density, point: Point, tasks: Tasks) -> InnerProblem | None:
-        """None for a strategy without a minimiser."""
+        """None for a strategy of the user's own, without a minimiser."""
         minimiser: Any = getattr(strategy, "minimiser", None)
-        if not hasattr(minimiser, "minimise"):
+        if not (isinstance(strategy, MetaGradient) and hasattr(minimiser, "minimise")):
             return None
         has_minimum = bool(getattr(strategy, "with_prior", True))
         empty = point.prior.loc.new_zeros(len(tasks), density.dim)
-        self = cls(density, point, tasks, minimiser, has_minimum, empty, empty)
+        self = cls(strategy, density, point, tasks, minimiser, has_minimum, empty, empty)
         x = point.zeros()
         self.ended = self._ended(x)
         if has_minimum:
@@ -148,19 +150,20 @@ class InnerProblem:
         """g_i at the minimum on the same branch, `[T]`."""
         theta = self._minimum(x, self.theta)
         with torch.no_grad():
-            return self._query(x).loss(theta)
+            return self._loss_at(*self.point.moved(x), theta)
 
     def dense(self) -> Tensor | None:
         """The implicit function theorem with a dense solve at θ*; None for large D."""
         if self.values is None:
             return None
         x = self.point.zeros()
-        v = self._query(x).linearise(self.theta).grad.detach()
+        leaf = self.theta.clone().requires_grad_()
+        (v,) = torch.autograd.grad(self._loss_at(*self.point.moved(x), leaf).sum(), leaf)
         solved = _solve(hessian(self._energy(x), self.theta), v)
 
         def lagrangian(prior: GaussianPrior, shared: Tensor) -> Tensor:
-            energy = TaskEnergy(self.density, self.tasks.support, shared, prior)
-            loss = TaskEnergy(self.density, self.tasks.query, shared).loss(self.theta)
+            energy = TaskEnergy(self.density, self._inside, shared, prior)
+            loss = self._loss_at(prior, shared, self.theta)
             return loss - (solved * energy.linearise(self.theta).grad).sum(-1)
 
         return loss_gradient(self.point, lagrangian)
@@ -199,12 +202,14 @@ class InnerProblem:
 
     def _energy(self, x: Tensor) -> TaskEnergy:
         prior, shared = self.point.moved(x)
-        return TaskEnergy(
-            self.density, self.tasks.support, shared, prior if self.has_minimum else None
-        )
+        return TaskEnergy(self.density, self._inside, shared, prior if self.has_minimum else None)
 
-    def _query(self, x: Tensor) -> TaskEnergy:
-        return TaskEnergy(self.density, self.tasks.query, self.point.moved(x)[1])
+    @property
+    def _inside(self) -> Tasks:
+        return self.strategy.rows_inside(self.tasks)
+
+    def _loss_at(self, prior: GaussianPrior, shared: Tensor, theta: Tensor) -> Tensor:
+        return self.strategy.loss_at(self.density, prior, shared, self.tasks, theta)
 
     def _ended(self, x: Tensor) -> Tensor:
         start = self.point.moved(x)[0].loc.expand(len(self.tasks), -1)
@@ -226,10 +231,10 @@ class InnerProblem:
     def _unrolled(self, minimiser: Minimiser) -> Tensor:
         def losses(prior: GaussianPrior, shared: Tensor) -> Tensor:
             anchor = prior if self.has_minimum else None
-            energy = TaskEnergy(self.density, self.tasks.support, shared, anchor)
+            energy = TaskEnergy(self.density, self._inside, shared, anchor)
             start = prior.loc.expand(len(self.tasks), -1)
             theta, _ = prox(energy, start, minimiser=minimiser, adjoint=Unrolled())
-            return TaskEnergy(self.density, self.tasks.query, shared).loss(theta)
+            return self._loss_at(prior, shared, theta)
 
         return loss_gradient(self.point, losses)
 

@@ -86,7 +86,7 @@ class IMAML(MetaGradient):
         `start` is where the inner algorithm begins, `[T, D]`; θ0 if None.
         """
         theta, info = self._adapted(density, prior, shared, tasks, start)
-        return self._query_loss(density, prior, shared, tasks, theta), info
+        return self.loss_at(density, prior, shared, tasks, theta), info
 
     def task_losses(
         self, density: Density, state: State, batch: Batch, generator: torch.Generator
@@ -100,7 +100,7 @@ class IMAML(MetaGradient):
         theta, info = self._adapted(density, prior, shared, batch.tasks, start)
         if table is not None:
             table[index] = theta.detach()
-        return self._query_loss(density, prior, shared, batch.tasks, theta), info
+        return self.loss_at(density, prior, shared, batch.tasks, theta), info
 
     def adapt(
         self, density: Density, state: State, tasks: Tasks, generator: torch.Generator
@@ -112,12 +112,6 @@ class IMAML(MetaGradient):
         )
         return adapt_map(density, prior, shared, tasks, self.minimiser, laplace)
 
-    def _query_loss(
-        self, density: Density, prior: GaussianPrior, shared: Tensor, tasks: Tasks, theta: Tensor
-    ) -> Tensor:
-        """g_i at θ `[T, D]`, nats: `[T]`."""
-        return TaskEnergy(density, tasks.query, shared).loss(theta)
-
     def _adapted(
         self,
         density: Density,
@@ -126,7 +120,7 @@ class IMAML(MetaGradient):
         tasks: Tasks,
         start: Tensor | None,
     ) -> tuple[Tensor, ProxInfo]:
-        energy = TaskEnergy(density, tasks.support, shared, prior)
+        energy = TaskEnergy(density, self.rows_inside(tasks), shared, prior)
         start = prior.loc.expand(len(tasks), -1) if start is None else start
         return prox(energy, start, minimiser=self.minimiser, adjoint=self.adjoint)
 

@@ -86,12 +86,14 @@ class MAML(MetaGradient):
     ) -> tuple[Tensor, ProxInfo]:
         """g_i(θ_i^K) per task, nats: `[T]`, differentiable in the prior and φ; and how it went."""
         theta, info = prox(
-            TaskEnergy(density, tasks.support, shared, prior if self.with_prior else None),
+            TaskEnergy(
+                density, self.rows_inside(tasks), shared, prior if self.with_prior else None
+            ),
             prior.loc.expand(len(tasks), -1),
             minimiser=minimiser or self.minimiser,
             adjoint=self.adjoint,
         )
-        return TaskEnergy(density, tasks.query, shared).loss(theta), info
+        return self.loss_at(density, prior, shared, tasks, theta), info
 
     def task_losses(
         self, density: Density, state: State, batch: Batch, generator: torch.Generator

@@ -23,6 +23,7 @@ from varmeta.inference.base import (
     update,
     with_query,
 )
+from varmeta.inference.energy import TaskEnergy
 from varmeta.inference.memory import bytes_per_task
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
@@ -130,6 +131,16 @@ class MetaGradient(Strategy):
         self.apply(state, leaves, grads)
         spent = sum(len(p.tasks) * r.gradients for p, r in zip(parts, reports, strict=True))
         return StepInfo(loss, spent, stats, worst)
+
+    def rows_inside(self, tasks: Tasks) -> Tasks:
+        """The rows that a task is adapted to while the prior is learned: its support part."""
+        return tasks.support
+
+    def loss_at(
+        self, density: Density, prior: GaussianPrior, shared: Tensor, tasks: Tasks, theta: Tensor
+    ) -> Tensor:
+        """What the prior is learned from, at a point θ `[T, D]`, nats: `[T]`; g_i, unless said."""
+        return TaskEnergy(density, tasks.query, shared).loss(theta)
 
     @property
     def kept_vectors(self) -> int:

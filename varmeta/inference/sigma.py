@@ -72,11 +72,11 @@ class SigmaIMAML(IMAML):
         if self.loc_from not in ("validation", "joint"):
             raise ValueError(f"loc_from must be 'validation' or 'joint', got {self.loc_from!r}")
 
-    def _query_loss(
+    def loss_at(
         self, density: Density, prior: GaussianPrior, shared: Tensor, tasks: Tasks, theta: Tensor
     ) -> Tensor:
         """g_i at θ; what θ0 has from the joint objective instead is added, with the value 0."""
-        losses = super()._query_loss(density, prior, shared, tasks, theta)
+        losses = super().loss_at(density, prior, shared, tasks, theta)
         if self.loc_from == "validation":
             return losses
         fixed = _scales_held(prior)
@@ -94,11 +94,12 @@ class SigmaIMAML(IMAML):
         if self.loc_from == "joint":
             prior = _loc_held(prior)
         own = prior if self.scale_adjoint is None else _scales_held(prior)
-        energy = TaskEnergy(density, tasks.support, shared, own)
+        inside = self.rows_inside(tasks)
+        energy = TaskEnergy(density, inside, shared, own)
         start = own.loc.expand(len(tasks), -1) if start is None else start
         theta, info = prox(energy, start, minimiser=self.minimiser, adjoint=self.adjoint)
         if self.scale_adjoint is not None and torch.is_grad_enabled():
-            scales = TaskEnergy(density, tasks.support, shared.detach(), _loc_held(prior))
+            scales = TaskEnergy(density, inside, shared.detach(), _loc_held(prior))
             at = scales.linearise(theta)
             info.gradients += 1
             theta = theta + self.scale_adjoint.correction(scales, theta.detach(), at, info)
