@@ -213,12 +213,10 @@ def check_gradient(
 
 def _check_strategy(strategy: Any, density: Density) -> None:
     """Raise a ValueError unless its steps go along the gradient of `losses`, without noise."""
-    kind, works = (
-        type(strategy),
-        (
-            "check_gradient works with IMAML, MAML, FOMAML, MetaSGD, SigmaIMAML, SigmaMAML, "
-            "AmortisedVariational and LaplaceEvidence"
-        ),
+    kind = type(strategy)
+    works = (
+        "check_gradient works with IMAML, MAML, FOMAML, MetaSGD, SigmaIMAML, SigmaMAML, "
+        "AmortisedVariational and LaplaceEvidence"
     )
     if not hasattr(kind, "losses"):
         raise ValueError(

@@ -104,6 +104,7 @@ class InnerProblem:
     """What a strategy adapts by, where it says so: E_i, where its minimiser ends and where it ends.
 
     Attributes:
+        strategy: says which rows are inside, and what it makes of θ.
         has_minimum: E_i has the prior in it, so that θ* depends on it.
         ended: `[T, D]`, where the minimiser stopped.
         theta: `[T, D]`, the minimum found from there, to rounding.
@@ -147,7 +148,7 @@ class InnerProblem:
         return out
 
     def exact_losses(self, x: Tensor) -> Tensor:
-        """g_i at the minimum on the same branch, `[T]`."""
+        """The strategy's objective at the minimum on the same branch, `[T]`."""
         theta = self._minimum(x, self.theta)
         with torch.no_grad():
             return self._loss_at(*self.point.moved(x), theta)

@@ -49,7 +49,7 @@ class Fit:
         history: one row per step: `step`, `loss` (nats per task), `gradients` (evaluations so far),
             `seconds`, and the worst `grad_norm` and `residual` over tasks where there are any.
         stats: per-task diagnostics `[T]` of the last visit to each training task.
-        path: `[M]` each, how far a step had moved the log scales; `scales` is made of it.
+        path: `[M]` each, how far the log scales had moved after each step, for `scales`.
     """
 
     strategy: Strategy
