@@ -15,6 +15,8 @@ from varmeta.models.density import Density
 from varmeta.seeds import global_rng
 from varmeta.tasks import Tasks
 
+_ROWS_AT_ONCE = 1_000_000
+
 
 @dataclass(frozen=True, eq=False)
 class TaskPosterior(ABC):
@@ -59,12 +61,18 @@ class TaskPosterior(ABC):
     def log_predictive(self, tasks: Tasks, count: int, generator: torch.Generator) -> Tensor:
         """log p(y_n | posterior) of every row, nats: `[T, N]`, averaged over `count` draws.
 
-        0 where a row is padding.
+        0 where a row is padding. So many draws at once as give a million rows.
         """
         theta, shared = self.sample(count, generator)
+        at_once = max(1, _ROWS_AT_ONCE // max(1, tasks.mask.numel()))
+        total = theta.new_full(tasks.mask.shape, -torch.inf)
         with torch.no_grad():
-            rows = self.density.log_likelihood(theta, tasks, shared)
-        return rows.logsumexp(0) - math.log(len(rows))
+            for first in range(0, len(theta), at_once):
+                some = slice(first, first + at_once)
+                phi = shared[some] if shared.dim() > 1 else shared
+                rows = self.density.log_likelihood(theta[some], tasks, phi)
+                total = torch.logaddexp(total, rows.logsumexp(0))
+        return total - math.log(len(theta))
 
     def predict(self, tasks: Tasks, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         """`count` draws of the targets: `{observed site: [count, T, N, *target_shape]}`."""
@@ -96,6 +104,10 @@ class Delta(TaskPosterior):
     def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """`count` copies of the point."""
         return self.loc.expand(count, *self.loc.shape), self.shared
+
+    def log_predictive(self, tasks: Tasks, count: int, generator: torch.Generator) -> Tensor:
+        """log p(y_n | θ_i, φ) of every row, nats: `[T, N]`; all draws are alike."""
+        return super().log_predictive(tasks, 1, generator)
 
     def log_prob(self, theta: Tensor) -> Tensor:
         """Raises: a delta has no density."""
