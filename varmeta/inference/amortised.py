@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from varmeta.inference.logdet import LogDet, LogDetInfo
 from varmeta.inference.metagradient import MetaGradient
 from varmeta.inference.minimise import Minimiser
 from varmeta.inference.newton import NewtonCG
-from varmeta.inference.prox import Adjoint, Detached, Implicit, ProxInfo, prox
+from varmeta.inference.prox import Adjoint, Detached, Implicit, ProxInfo, is_exact, prox
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import TaskPosterior
@@ -138,6 +138,17 @@ class AmortisedVariational(MetaGradient):
         parts = ["laplace"] if self.q == "laplace" else []
         parts += ["query"] if self.outside == "query" else []
         return "AmortisedVariational" + (f" ({', '.join(parts)})" if parts else "")
+
+    @property
+    def is_smooth(self) -> bool:
+        """Without probes, and with the inner problem solved."""
+        implicit = Implicit(self.solver)  # whose exactness the envelope needs of the minimum alone
+        return self.logdet.probes is None and is_exact(self.minimiser, implicit)
+
+    def settled(self, density: Density, *, whole: bool) -> Self:
+        """See `MetaGradient.settled`; log-determinants of large models are found by probes."""
+        dense = self.q == "delta" or self.logdet.is_dense(density.dim)
+        return super().settled(density, whole=whole and dense)
 
     @property
     def adjoint(self) -> Adjoint:

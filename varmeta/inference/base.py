@@ -108,6 +108,7 @@ class State:
         optimisers: by name.
         tensors: what else the strategy keeps (per-task tables, draws).
         step: steps done.
+        arrived: why no further step is needed, in words; empty while the run goes on.
         cache: what can be made again from the rest; not saved.
     """
 
@@ -115,12 +116,14 @@ class State:
     optimisers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0
+    arrived: str = ""
     cache: dict[str, Any] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         """A copy for `torch.save`; loads with `weights_only=True`."""
         return {
             "step": self.step,
+            "arrived": self.arrived,
             "raw": {name: t.detach().clone() for name, t in self.meta.raw.items()},
             "tensors": {name: t.detach().clone() for name, t in self.tensors.items()},
             "optimisers": {name: deepcopy(o.state_dict()) for name, o in self.optimisers.items()},
@@ -146,7 +149,7 @@ class State:
                     self.tensors[name] = tensor.clone()
         for name, optimiser in self.optimisers.items():
             optimiser.load_state_dict(deepcopy(saved["optimisers"][name]))
-        self.step = saved["step"]
+        self.step, self.arrived = saved["step"], saved["arrived"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,7 +213,20 @@ class Strategy(ABC):
     @property
     @abstractmethod
     def num_steps(self) -> int:
-        """How many steps `fit` takes."""
+        """How many steps `fit` takes at most."""
+
+    def settled(self, density: Density, *, whole: bool) -> Strategy:
+        """Itself with every choice made that it leaves open; `fit` runs what this returns.
+
+        Args:
+            density: the model.
+            whole: whether every step sees all training tasks.
+        """
+        return self
+
+    def is_tested(self, state: State) -> bool:
+        """Whether the run ends by a test of its own, so that ending at the limit says something."""
+        return False
 
     def prepare(self, tasks: Tasks | TaskSource, seed: int) -> Tasks | TaskSource:
         """The tasks as this strategy wants to see them; itself, unless it says otherwise."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 
+import numpy as np
+import pandas as pd
 from torch import Tensor
 
 from varmeta.models.prior import GaussianPrior
@@ -91,6 +93,23 @@ def warn_of_collapse(name: str, start: GaussianPrior, end: GaussianPrior) -> Non
         RuntimeWarning,
         stacklevel=3,
     )
+
+
+def still_improving(history: pd.DataFrame) -> str:
+    """How much the objective fell in the last tenth of a run, as the end of a sentence."""
+    losses = history["loss"].to_numpy() if len(history) else np.zeros(0)
+    tenth = max(len(losses) // 10, 1)
+    if len(losses) < 2 * tenth:
+        return ""
+    fell = float(losses[-2 * tenth : -tenth].mean() - losses[-tenth:].mean())
+    if fell <= 0:
+        return ", and its objective did not fall in the last tenth of them"
+    return f", still improving by {fell:.2g} nats per task in the last tenth of them"
+
+
+def warn_of_limit(name: str, reason: str) -> None:
+    """Say that a run was ended by its limit."""
+    warnings.warn(f"{name} did not converge: {reason}", RuntimeWarning, stacklevel=3)
 
 
 def _asks_no_reduction(stats: Mapping[str, Tensor]) -> bool:

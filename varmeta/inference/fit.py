@@ -24,7 +24,14 @@ from rich.progress import (
 from torch import Tensor
 
 from varmeta.inference.base import Batch, State, StepInfo, Strategy
-from varmeta.inference.diagnostics import note, warn_of, warn_of_collapse
+from varmeta.inference.diagnostics import (
+    note,
+    still_improving,
+    warn_of,
+    warn_of_collapse,
+    warn_of_limit,
+)
+from varmeta.inference.outer import moving
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import TaskPosterior
@@ -82,8 +89,35 @@ class Fit:
 
     @property
     def finished(self) -> bool:
-        """Whether every step was taken."""
-        return self.state.step >= self.strategy.num_steps
+        """Whether no step is left: the run has arrived, or taken as many as it may."""
+        return bool(self.state.arrived) or self.state.step >= self.strategy.num_steps
+
+    @property
+    def converged(self) -> bool | None:
+        """Whether the run ended because it had arrived; None for a strategy without such a test."""
+        return bool(self.state.arrived) if self.strategy.is_tested(self.state) else None
+
+    @property
+    def reason(self) -> str:
+        """Why the run ended, in words; empty where the strategy has no test of it."""
+        if self.converged is None:
+            return ""
+        if self.converged:
+            return f"{self.state.arrived} (step {self.state.step})"
+        return (
+            f"the limit of {self.strategy.num_steps} steps came first"
+            f"{still_improving(self.history)}; raise steps"
+        )
+
+    def moving(self) -> pd.DataFrame:
+        """How far each learned quantity still moves, one row each.
+
+        Columns: `quantity`; `value`, as in `state.meta.raw` (in units of the user's prior, from its
+        start); `error`, its standard error from the curvature of the objective where the run
+        measured that, else NaN; `moves`, how far a Newton step or the last tenth of the iterates
+        moved it, in standard errors (NaN where neither is known).
+        """
+        return moving(self.state)
 
     @property
     def seconds(self) -> float:
@@ -178,7 +212,8 @@ def fit(
     `tasks.to(device="cuda")` before the density is built moves all of it to a GPU.
 
     Args:
-        strategy: its `num_steps` says how long.
+        strategy: its `num_steps` says how long at most; a run that has arrived before ends there
+            (`Fit.converged`, `Fit.reason`), and one that has not is warned of.
         density: the model.
         tasks: training tasks, or a stream of them.
         prior: default `GaussianPrior.from_density(density)`.
@@ -205,6 +240,8 @@ def fit(
     prior = prior or GaussianPrior.from_density(density)
     if prior.dim != density.dim:
         raise ValueError(f"prior has {prior.dim} coordinates, the density {density.dim}")
+    whole = isinstance(training, Tasks) and batch_size in (None, len(training))
+    strategy = strategy.settled(density, whole=whole)
     state = strategy.init(density, prior, training, _noise(density, seed, _INIT))
     run = _Run(strategy, density, tasks, training, state, seed, batch_size)
     path = Path(checkpoint) if checkpoint is not None else None
@@ -228,6 +265,8 @@ def fit(
     if path is not None:
         result.save(path)
     warn_of(strategy.name, result.stats)
+    if result.converged is False:
+        warn_of_limit(strategy.name, result.reason)
     warn_of_collapse(strategy.name, prior, result.prior)
     return result
 
@@ -267,7 +306,7 @@ class _Run:
         noise = generators(self.seed, _STEP, first=state.step, device=_device(self.density))
         with _whole_steps() as pause, _bar(progress) as bar:
             line = bar.add_task(self.strategy.name, total=total, completed=state.step, note="")
-            while state.step < total:
+            while state.step < total and not state.arrived:
                 start = time.perf_counter()
                 batch = self._batch(state.step)
                 self.whole = False

@@ -21,7 +21,7 @@ from varmeta.inference.laplace import MAX_DIM, laplace_scale
 from varmeta.inference.metagradient import MetaGradient
 from varmeta.inference.minimise import Minimiser
 from varmeta.inference.newton import NewtonCG
-from varmeta.inference.prox import Adjoint, Implicit, ProxInfo, prox
+from varmeta.inference.prox import Adjoint, Implicit, ProxInfo, is_exact, prox
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import Delta, Gaussian, TaskPosterior
@@ -72,6 +72,11 @@ class IMAML(MetaGradient):
                 raise ValueError("warm_start needs tasks that come back, and a stream's do not")
             state.tensors["visited"] = prior.loc.new_full((len(tasks), density.dim), float("nan"))
         return state
+
+    @property
+    def is_smooth(self) -> bool:
+        """With an exact adjoint, and nothing kept from step to step."""
+        return not self.warm_start and is_exact(self.minimiser, self.adjoint)
 
     def losses(
         self,

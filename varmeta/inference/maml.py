@@ -17,11 +17,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from varmeta.inference.base import Batch, State, decayed, update
+from varmeta.inference.base import Batch, State, update
 from varmeta.inference.energy import TaskEnergy
 from varmeta.inference.metagradient import MetaGradient
 from varmeta.inference.minimise import FirstOrder, GradientDescent
-from varmeta.inference.prox import Detached, ProxInfo, Unrolled, prox
+from varmeta.inference.prox import Detached, ProxInfo, Unrolled, is_exact, prox
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import Delta, TaskPosterior
@@ -66,6 +66,11 @@ class MAML(MetaGradient):
     def adjoint(self) -> Unrolled:
         """How the steps are differentiated."""
         return Unrolled(checkpoint=self.checkpoint)
+
+    @property
+    def is_smooth(self) -> bool:
+        """Where the steps are differentiated."""
+        return is_exact(self.minimiser, self.adjoint)
 
     @property
     def kept_vectors(self) -> int:
@@ -142,9 +147,7 @@ class MetaSGD(MAML):
         """θ0, φ and the log step sizes."""
         state = super().init(density, prior, tasks, generator)
         state.meta.raw["log_step"] = torch.zeros_like(prior.loc).requires_grad_()
-        leaves = state.meta.leaves()
-        state.optimisers["meta"] = torch.optim.Adam(leaves, lr=self.learning_rate)
-        return state
+        return self.with_optimisers(State(state.meta))
 
     def steps_of(self, state: State) -> FirstOrder:
         """The inner minimiser with the step sizes `[D]` as they stand."""
@@ -175,6 +178,11 @@ class Reptile(MAML):
         super().__post_init__()
         if self.learn_scale:
             raise ValueError("learn_scale must be False: Reptile has no loss that sees the scales")
+
+    @property
+    def is_smooth(self) -> bool:
+        """Never: θ0 and φ follow different objectives."""
+        return False
 
     def prepare(self, tasks: Tasks | TaskSource, seed: int) -> Tasks | TaskSource:
         """All rows of each task as they are."""
@@ -219,5 +227,5 @@ class Reptile(MAML):
             optimiser, rate = ("meta", self.learning_rate)
             if name == "shared":
                 optimiser, rate = ("shared", self.shared_learning_rate)
-            rate = decayed(rate, state.step, self.steps)
-            update(state.optimisers[optimiser], [state.meta.raw[name]], [grad], rate)
+            leaf, step = state.meta.raw[name], self.rate(state, rate)
+            update(state.optimisers[optimiser], [leaf], [grad], step)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -18,13 +18,22 @@ from varmeta.inference.base import (
     StepInfo,
     Strategy,
     check_finite,
-    decayed,
     non_finite_gradient,
     update,
     with_query,
 )
 from varmeta.inference.energy import TaskEnergy
 from varmeta.inference.memory import bytes_per_task
+from varmeta.inference.outer import (
+    EXACT,
+    NOISY,
+    Evaluated,
+    IterateTest,
+    QuasiNewton,
+    flat,
+    put,
+    units,
+)
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.tasks import Tasks, TaskSource
@@ -48,8 +57,15 @@ class MetaGradient(Strategy):
     """Learn θ0, the scales and φ along the gradient of Σ_i g_i(θ_i), θ_i adapted to f_i.
 
     Attributes:
-        steps: meta-steps.
-        learning_rate: of Adam on θ0, log scales and φ, in units of the user's prior; decays to 0
+        steps: meta-steps at most; the run ends before where it has arrived (`outer`).
+        optimiser: `"quasi-newton"` where the gradient is exactly that of a loss without noise, of
+            all tasks in every step: an iteration with its line search is a step, and the run ends
+            at the optimum. `"adam"` elsewhere: the run ends where the iterates have come to rest,
+            at their average. `"auto"` takes the first where it can.
+        tolerance: how far what is learned may still be from where the run leads, in standard errors
+            of it that so many tasks leave; None for 0.01 with `"quasi-newton"`, 0.2 with `"adam"`.
+        learning_rate: of Adam on θ0, log scales and φ, in units of the user's prior; halved
+            whenever the iterates are stationary, and in the last quarter of `steps` it falls to 0
             on a cosine.
         learn_scale: learn the prior's scales from the query loss. Needs a query part.
         folds: training tasks without a query part are cross-validated: each of this many folds of
@@ -61,10 +77,12 @@ class MetaGradient(Strategy):
             None for no limit.
 
     Raises:
-        ValueError: a number that is not positive; both of the last two.
+        ValueError: a number that is not positive; both of the last two; another optimiser.
     """
 
     steps: int = 200
+    optimiser: Literal["auto", "quasi-newton", "adam"] = "auto"
+    tolerance: float | None = None
     learning_rate: float = 0.05
     learn_scale: bool = True
     folds: int | None = 5
@@ -72,7 +90,11 @@ class MetaGradient(Strategy):
     memory: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "learning_rate", "tasks_at_once", "memory"):
+        if self.optimiser not in ("auto", "quasi-newton", "adam"):
+            raise ValueError(
+                f"optimiser must be 'auto', 'quasi-newton' or 'adam', got {self.optimiser!r}"
+            )
+        for name in ("steps", "tolerance", "learning_rate", "tasks_at_once", "memory"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
@@ -83,6 +105,34 @@ class MetaGradient(Strategy):
     def num_steps(self) -> int:
         """`steps`."""
         return self.steps
+
+    @property
+    def is_smooth(self) -> bool:
+        """Whether a step's gradient is exactly that of its loss, and the loss has no noise."""
+        return False
+
+    def settled(self, density: Density, *, whole: bool) -> Self:
+        """With the optimiser chosen.
+
+        Raises:
+            ValueError: a quasi-Newton method is asked for where the loss has noise, or its gradient
+                is another one's.
+        """
+        can = whole and self.is_smooth
+        if self.optimiser == "quasi-newton" and not can:
+            reason = "every step sees other tasks" if not whole else "its gradient is not exact"
+            raise ValueError(
+                f"optimiser='quasi-newton' needs a loss without noise, and for {self.name} {reason};"
+                " use 'adam' or 'auto'"
+            )
+        if self.optimiser != "auto":
+            return self
+        chosen = replace(self, optimiser="quasi-newton" if can else "adam")
+        return chosen
+
+    def is_tested(self, state: State) -> bool:
+        """Always: see `outer`."""
+        return True
 
     def prepare(self, tasks: Tasks | TaskSource, seed: int) -> Tasks | TaskSource:
         """Cross-validate tasks that have no query part."""
@@ -97,7 +147,27 @@ class MetaGradient(Strategy):
     ) -> State:
         """θ0, scales and φ at the user's prior."""
         meta = Meta.start(density, prior, learn_scale=self.learn_scale)
-        return State(meta, {"meta": torch.optim.Adam(meta.leaves(), lr=self.learning_rate)})
+        return self.with_optimisers(State(meta))
+
+    def with_optimisers(self, state: State) -> State:
+        """The same state with all that moves what is learned."""
+        leaves = state.meta.leaves()
+        state.optimisers["meta"] = torch.optim.Adam(leaves, lr=self.learning_rate)
+        state.tensors |= self.iterate_test.begin(flat(leaves))
+        if self.optimiser == "quasi-newton":
+            tensors, state.optimisers["quasi"] = self.quasi_newton.begin(state.meta)
+            state.tensors |= tensors
+        return state
+
+    @property
+    def quasi_newton(self) -> QuasiNewton:
+        """How a loss without noise is minimised."""
+        return QuasiNewton(self.tolerance or EXACT)
+
+    @property
+    def iterate_test(self) -> IterateTest:
+        """How a run with noise is ended."""
+        return IterateTest(self.tolerance or NOISY, self.steps)
 
     @abstractmethod
     def task_losses(
@@ -109,6 +179,33 @@ class MetaGradient(Strategy):
         self, density: Density, state: State, batch: Batch, generator: torch.Generator
     ) -> StepInfo:
         """One meta-gradient step."""
+        if self.optimiser == "quasi-newton" and not QuasiNewton.has_jumps(state):
+            seed = generator.get_state()
+
+            def evaluate() -> Evaluated:
+                return self.evaluate(density, state, batch, generator.set_state(seed))
+
+            return self.quasi_newton.step(state, evaluate, batch.total)
+        found = self.evaluate(density, state, batch, generator)
+        leaves = state.meta.leaves()
+        self.apply(state, leaves, found.grads)
+        if leaves:
+            unit = units(state.meta, batch.total)
+            average, arrived = self.iterate_test.add(state.tensors, flat(leaves), unit)
+            if average is not None:
+                put(state.meta, average)
+            if arrived:
+                state.arrived = "the average of the iterates stays where it is"
+        return found.info
+
+    def evaluate(
+        self, density: Density, state: State, batch: Batch, generator: torch.Generator
+    ) -> Evaluated:
+        """The loss and its gradient at what is learned as it stands.
+
+        Raises:
+            NonFiniteLoss: with the task's name.
+        """
         leaves = state.meta.leaves()
         before = state.meta.log_prior() / -batch.total
         parts, count = batch.split(self._part_size(density, state, batch)), len(batch.tasks)
@@ -128,9 +225,8 @@ class MetaGradient(Strategy):
             check_finite(losses, batch.tasks, state.step)
             if not all(bool(g.isfinite().all()) for g in grads):
                 raise NonFiniteLoss(non_finite_gradient(state.step))
-        self.apply(state, leaves, grads)
         spent = sum(len(p.tasks) * r.gradients for p, r in zip(parts, reports, strict=True))
-        return StepInfo(loss, spent, stats, worst)
+        return Evaluated(StepInfo(loss, spent, stats, worst), grads)
 
     def rows_inside(self, tasks: Tasks) -> Tasks:
         """The rows that a task is adapted to while the prior is learned: its support part."""
@@ -164,8 +260,12 @@ class MetaGradient(Strategy):
 
     def apply(self, state: State, leaves: list[Tensor], grads: list[Tensor]) -> None:
         """Move what is learned along its gradient."""
-        rate = decayed(self.learning_rate, state.step, self.steps)
-        update(state.optimisers["meta"], leaves, grads, rate)
+        if leaves:
+            update(state.optimisers["meta"], leaves, grads, self.rate(state, self.learning_rate))
+
+    def rate(self, state: State, base: float) -> float:
+        """A learning rate as it is now, from its first value."""
+        return self.iterate_test.rate(state.tensors, base, state.step)
 
 
 def _grad(total: Tensor, leaves: list[Tensor]) -> list[Tensor]:

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from varmeta.inference.approximate import NeedsPrior, bound
 from varmeta.inference.energy import Energy, as_energy
-from varmeta.inference.linear import CG, LinearSolver, MatVec
+from varmeta.inference.linear import CG, Cholesky, LinearSolver, MatVec
 from varmeta.inference.minimise import FirstOrder, Minimiser, Minimum
+from varmeta.inference.minres import MINRES
 from varmeta.inference.newton import Curvature, NewtonCG, check_curvature
 from varmeta.models.programs import Linearised
 
@@ -222,6 +223,16 @@ class Detached:
         """See `Adjoint.solve`."""
         minimum = minimiser.minimise(energy, start)
         return minimum.theta, ProxInfo.of(minimum)
+
+
+def is_exact(minimiser: Minimiser, adjoint: Adjoint) -> bool:
+    """Whether the derivative is that of the result, up to tolerances: no budget, no stand-in."""
+    if isinstance(adjoint, Unrolled):
+        return not adjoint.first_order
+    if not isinstance(adjoint, Implicit) or adjoint.curvature != "hessian":
+        return False
+    budgets = [getattr(part, "tolerance", None) for part in (minimiser, adjoint.solver)]
+    return isinstance(adjoint.solver, CG | MINRES | Cholesky) and 0 not in budgets
 
 
 def prox(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from varmeta.inference.approximate import PriorDominated
-from varmeta.inference.base import State, decayed, update
+from varmeta.inference.base import State, update
 from varmeta.inference.energy import TaskEnergy
 from varmeta.inference.imaml import IMAML
 from varmeta.inference.linear import CG
@@ -71,6 +71,12 @@ class SigmaIMAML(IMAML):
         super().__post_init__()
         if self.loc_from not in ("validation", "joint"):
             raise ValueError(f"loc_from must be 'validation' or 'joint', got {self.loc_from!r}")
+
+    @property
+    def is_smooth(self) -> bool:
+        """With one objective for all that is learned, and an exact adjoint of it."""
+        exact = self.scale_adjoint is None and self.loc_from == "validation"
+        return exact and super().is_smooth
 
     def loss_at(
         self, density: Density, prior: GaussianPrior, shared: Tensor, tasks: Tasks, theta: Tensor
@@ -177,13 +183,11 @@ class SigmaReptile(SigmaIMAML):
         loc, units = state.meta.raw["loc"], state.meta.origin.scale
         (pull,) = (g for t, g in zip(leaves, grads, strict=True) if t is loc)
         step = state.meta.fixed()[0].covariance_mv(pull / units) / units
-        update(
-            state.optimisers["loc"], [loc], [step], decayed(self.loc_rate, state.step, self.steps)
-        )
+        update(state.optimisers["loc"], [loc], [step], self.rate(state, self.loc_rate))
         rest = [(t, g) for t, g in zip(leaves, grads, strict=True) if t is not loc]
         if rest:
             tensors, slopes = zip(*rest, strict=True)
-            rate = decayed(self.learning_rate, state.step, self.steps)
+            rate = self.rate(state, self.learning_rate)
             update(state.optimisers["meta"], tensors, slopes, rate)
 
 
