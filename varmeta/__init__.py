@@ -21,7 +21,7 @@ from varmeta.inference.at_ends import (
     ImplicitAtParticles,
     StationaryCovariance,
 )
-from varmeta.inference.base import NonFiniteLoss, Strategy
+from varmeta.inference.base import NonFiniteLoss, NotConverged, Strategy
 from varmeta.inference.basins import Basins, find_basins
 from varmeta.inference.check import GradientCheck, check_gradient
 from varmeta.inference.connectivity import ModePath, mode_path
@@ -103,6 +103,7 @@ __all__ = [
     "NewtonCG",
     "NoPooling",
     "NonFiniteLoss",
+    "NotConverged",
     "Nystrom",
     "OneStep",
     "Pathwise",

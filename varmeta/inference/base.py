@@ -22,6 +22,10 @@ class NonFiniteLoss(FloatingPointError):
     """A task's loss became NaN or infinite; nothing was updated in that step."""
 
 
+class NotConverged(RuntimeWarning):
+    """A run was ended by its limit of steps before it had arrived; its own test says so."""
+
+
 @dataclass(eq=False)
 class Meta:
     """What is learned across tasks: θ0, the scales of Σ, and the shared φ.

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from varmeta.inference.base import NotConverged
 from varmeta.models.prior import GaussianPrior
 
 _COLLAPSED = 0.01  # of the scale at the start
@@ -109,7 +110,7 @@ def still_improving(history: pd.DataFrame) -> str:
 
 def warn_of_limit(name: str, reason: str) -> None:
     """Say that a run was ended by its limit."""
-    warnings.warn(f"{name} did not converge: {reason}", RuntimeWarning, stacklevel=3)
+    warnings.warn(f"{name} did not converge: {reason}", NotConverged, stacklevel=3)
 
 
 def _asks_no_reduction(stats: Mapping[str, Tensor]) -> bool:

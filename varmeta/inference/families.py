@@ -118,6 +118,14 @@ class Family:
             return GaussianQ(mean, sd)
         return GaussianQ(mean, sd, unit[:, None] * rest.reshape(-1, dim, self.rank))
 
+    def rows_of(self, mean: Tensor, tril: Tensor, loc: Tensor, unit: Tensor) -> Tensor:
+        """`[B, K]`, the rows of full Gaussians; `mean` is `[B, D]`, `tril` `[B, D, D]`."""
+        assert self.kind == "full"
+        row, column = self._places(tril)
+        entries = (tril / unit[:, None])[:, row, column]
+        entries = torch.where(row == column, entries.clamp(min=1e-300).log(), entries)
+        return torch.cat([(mean - loc) / unit, entries], dim=-1)
+
     def row_of(self, prior: GaussianPrior, loc: Tensor, unit: Tensor) -> Tensor:
         """`[K]`, the row whose q is the prior, or as close to it as the family comes.
 

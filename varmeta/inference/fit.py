@@ -48,7 +48,7 @@ class Fit:
     """A finished (or interrupted) run of one strategy.
 
     Attributes:
-        strategy: what ran.
+        strategy: what ran, as it was given.
         density: the model.
         tasks: the training tasks as given.
         state: the learned state.
@@ -57,6 +57,7 @@ class Fit:
             `seconds`, and the worst `grad_norm` and `residual` over tasks where there are any.
         stats: per-task diagnostics `[T]` of the last visit to each training task.
         path: `[M]` each, how far the log scales had moved after each step, for `scales`.
+        settled: the strategy with every choice made that it left open.
     """
 
     strategy: Strategy
@@ -67,6 +68,11 @@ class Fit:
     history: pd.DataFrame
     stats: dict[str, Tensor] = field(default_factory=dict)
     path: list[Tensor] = field(default_factory=list)
+    settled: Strategy | None = None
+
+    @property
+    def _ran(self) -> Strategy:
+        return self.settled or self.strategy
 
     @property
     def prior(self) -> GaussianPrior:
@@ -95,7 +101,7 @@ class Fit:
     @property
     def converged(self) -> bool | None:
         """Whether the run ended because it had arrived; None for a strategy without such a test."""
-        return bool(self.state.arrived) if self.strategy.is_tested(self.state) else None
+        return bool(self.state.arrived) if self._ran.is_tested(self.state) else None
 
     @property
     def reason(self) -> str:
@@ -136,7 +142,7 @@ class Fit:
             ValueError: a task without rows.
         """
         tasks.require_rows("tasks")
-        posterior = self.strategy.adapt(
+        posterior = self._ran.adapt(
             self.density, self.state, tasks.unsplit, _noise(self.density, self.seed, _ADAPT)
         )
         warn_of(self.strategy.name, posterior.stats)
@@ -150,7 +156,7 @@ class Fit:
         """
         if isinstance(self.tasks, TaskSource):
             raise ValueError("a stream's tasks are not kept; use fit.adapt(tasks) with your tasks")
-        return self.strategy.posterior(
+        return self._ran.posterior(
             self.density,
             self.state,
             self.tasks.unsplit,
@@ -241,9 +247,9 @@ def fit(
     if prior.dim != density.dim:
         raise ValueError(f"prior has {prior.dim} coordinates, the density {density.dim}")
     whole = isinstance(training, Tasks) and batch_size in (None, len(training))
-    strategy = strategy.settled(density, whole=whole)
-    state = strategy.init(density, prior, training, _noise(density, seed, _INIT))
-    run = _Run(strategy, density, tasks, training, state, seed, batch_size)
+    settled = strategy.settled(density, whole=whole)
+    state = settled.init(density, prior, training, _noise(density, seed, _INIT))
+    run = _Run(strategy, settled, density, tasks, training, state, seed, batch_size)
     path = Path(checkpoint) if checkpoint is not None else None
     if path is not None and path.exists():
         run.load(path)
@@ -277,6 +283,7 @@ class _Run:
     def __init__(
         self,
         strategy: Strategy,
+        settled: Strategy,
         density: Density,
         tasks: Tasks | TaskSource,
         training: Tasks | TaskSource,
@@ -284,7 +291,8 @@ class _Run:
         seed: int,
         batch_size: int | None,
     ) -> None:
-        self.strategy, self.density, self.tasks, self.training = strategy, density, tasks, training
+        self.strategy, self.settled, self.density = strategy, settled, density
+        self.tasks, self.training = tasks, training
         self.state, self.seed, self.batch_size = state, seed, batch_size
         self.rows: list[dict[str, float]] = []
         self.stats: dict[str, Tensor] = {}
@@ -310,7 +318,7 @@ class _Run:
                 start = time.perf_counter()
                 batch = self._batch(state.step)
                 self.whole = False
-                info = self.strategy.step(self.density, state, batch, next(noise))
+                info = self.settled.step(self.density, state, batch, next(noise))
                 state.meta.keep_bounds()
                 state.step += 1
                 seconds += time.perf_counter() - start
@@ -328,7 +336,7 @@ class _Run:
     def result(self) -> Fit:
         history, given = pd.DataFrame(self.rows), (self.strategy, self.density, self.tasks)
         stats = {name: value.detach() for name, value in self.stats.items()}
-        return Fit(*given, self.state, self.seed, history, stats, self.path)
+        return Fit(*given, self.state, self.seed, history, stats, self.path, self.settled)
 
     def load(self, path: Path) -> None:
         saved = torch.load(path, weights_only=True)

@@ -26,6 +26,7 @@ def free_energy(
     q: GaussianQ,
     points: Tensor | None,
     weight: Tensor | None = None,
+    rule_weights: Tensor | None = None,
 ) -> Tensor:
     """F_i = KL[q_i ‖ N(θ0, Σ)] + E_{q_i} f_i per task, nats, `[B]`: the negative evidence bound.
 
@@ -38,9 +39,11 @@ def free_energy(
         points: `[S, B, K]`, standardised points at which f is averaged: normal draws, or those of a
             cubature rule; None for a point.
         weight: `[B]`, how many rows each row of a task stands for; None for one.
+        rule_weights: `[S]`, of the points; None for equal ones.
     """
     if points is None:
         expected = TaskEnergy(density, tasks, shared).loss(q.mean)
     else:
-        expected = density.negative_log_likelihood(q.draws(points), tasks, shared).mean(0)
+        each = density.negative_log_likelihood(q.draws(points), tasks, shared)
+        expected = each.mean(0) if rule_weights is None else rule_weights @ each
     return q.kl(prior) + (expected if weight is None else weight.to(expected) * expected)

@@ -5,12 +5,19 @@ by Adjusting Priors; with full covariances and a linear-Gaussian model this is e
 in its delta limit, which drops the KL's divergent constant, Σ_i ½‖θ_i−θ0‖²_Λ + f_i(θ_i). Resets
 θ_i ← θ0 keep the q_i reachable from θ0 (proposed in Huszár, inference.vc, 2019; compare Shin et
 al., 2021, Large-Scale Meta-Learning with Continual Trajectory Shifting).
+
+Full Gaussians are by default solved for in every step (`natural`), so that what is left is a smooth
+function of θ0, the scales and φ alone, min_q Σ_i F_i, whose gradient is that at fixed q_i (the
+envelope theorem). A quasi-Newton method takes it to its minimum in some 20 steps. EM (the closed
+form) is as slow as the missing information is large, and Adam on everything at once as slow as the
+worst conditioned q_i.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+import math
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -31,11 +38,23 @@ from varmeta.inference.base import (
 from varmeta.inference.closed_form import add_moments, maximise, no_moments
 from varmeta.inference.families import Family, GaussianQ, Kind
 from varmeta.inference.free_energy import cubature, free_energy
+from varmeta.inference.natural import MAX_DIM, Rule, Solved, laplace_start, quadrature, solve
+from varmeta.inference.outer import (
+    EXACT,
+    NOISY,
+    Evaluated,
+    IterateTest,
+    QuasiNewton,
+    flat,
+    learned,
+    put,
+    units,
+)
 from varmeta.inference.resets import Reset
 from varmeta.inference.table import descend, new_table, reset
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
-from varmeta.posterior import TaskPosterior
+from varmeta.posterior import Gaussian, TaskPosterior
 from varmeta.tasks import Tasks, TaskSource
 
 
@@ -47,14 +66,23 @@ class JointVariational(Strategy):
     table of which a step touches the rows of its batch only.
 
     Attributes:
-        q: `"delta"`, `"diagonal"`, `"low_rank"` (diagonal plus `rank` columns) or `"full"`.
+        q: `"delta"`, `"diagonal"`, `"low_rank"` (diagonal plus `rank` columns) or `"full"`;
+            `"auto"` is full up to 40 coordinates and diagonal beyond.
         rank: of a low-rank q.
-        steps: optimiser steps on the training tasks.
-        learning_rate: of Adam, for the prior and the q_i, in units of the user's prior; decays to 0
-            on a cosine (for q_i, between two resets).
-        expectation: E_q f by `"draws"`, or by `"cubature"`: 2K points (K = D, or D + rank) that
-            average every polynomial of degree 3 in θ exactly, so a linear-Gaussian f; others
-            approximately, but without noise.
+        steps: steps on the training tasks at most; a run ends before where it has arrived. Resets
+            are a schedule of the whole run, which is then not ended before.
+        tolerance: how far what is learned may be from where the run leads, in its standard errors;
+            None for 0.01 where there is no noise, 0.2 elsewhere.
+        q_update: `"solve"`, each visited q_i to its best in every step, by natural gradients (full
+            q), or `"gradient"`, a step of Adam. `"auto"` is the first wherever it can be: not with
+            `batch_rows`, draws, resets, or rows that move with θ0.
+        learning_rate: of Adam, for the prior and the q_i, in units of the user's prior; halved
+            where the iterates are stationary, and in the last quarter of `steps` it falls to 0 on a
+            cosine (with resets: on one of each cycle).
+        expectation: E_q f by `"quadrature"`, a fixed rule (see `natural.quadrature`); by
+            `"draws"`; or by `"cubature"`: 2K points (K = D, or D + rank) that average every
+            polynomial of degree 3 in θ exactly, so a linear-Gaussian f; others approximately, but
+            without noise. `"auto"` is quadrature for `q_update="solve"`, else draws.
         samples: draws of θ per task and step; antithetic pairs, so an even number.
         batch_rows: rows of each task used in a step, drawn anew without replacement and weighted up
             to all of them; None for all.
@@ -63,11 +91,14 @@ class JointVariational(Strategy):
             through the likelihood: faster where the data say little about each task.
         shift: every θ_i is moved by each change of θ0 (Shin et al.), whose gradient stays that of
             the plain parametrisation.
-        prior_update: θ0 and Σ by `"gradient"`, or, given the q_i, in `"closed_form"`.
+        prior_update: θ0, Σ and φ by `"quasi-newton"` steps, where the q_i are solved and every step
+            sees all tasks; by Adam, `"gradient"`; or θ0 and Σ, given the q_i, in `"closed_form"`.
+            `"auto"` is the first of these that can be.
         learn_loc: learn θ0; otherwise it stays where it starts.
         learn_scale: learn Σ's scales; None for "where it is well posed", that is with Gaussian q.
         resets: when every q_i is put back to the prior; None for never.
-        adapt_steps: optimiser steps for the q_i of new tasks, the prior held fixed.
+        adapt_steps: Adam's steps for the q_i of new tasks, the prior held fixed
+            (`q_update="gradient"`).
 
     Raises:
         ValueError: scales to be learned with delta q (there is no maximum: the joint density over
@@ -77,16 +108,18 @@ class JointVariational(Strategy):
 
     keeps_posteriors: ClassVar[bool] = True
 
-    q: Kind = "diagonal"
+    q: Kind | Literal["auto"] = "auto"
     rank: int = 2
     steps: int = 1000
+    tolerance: float | None = None
+    q_update: Literal["auto", "solve", "gradient"] = "auto"
     learning_rate: float = 0.05
-    expectation: Literal["draws", "cubature"] = "draws"
+    expectation: Literal["auto", "quadrature", "draws", "cubature"] = "auto"
     samples: int = 8
     batch_rows: int | None = None
     parametrisation: Literal["plain", "whitened"] = "plain"
     shift: bool = False
-    prior_update: Literal["gradient", "closed_form"] = "gradient"
+    prior_update: Literal["auto", "quasi-newton", "gradient", "closed_form"] = "auto"
     learn_loc: bool = True
     learn_scale: bool | None = None
     resets: Reset | None = None
@@ -107,6 +140,10 @@ class JointVariational(Strategy):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"{field} must be at least 1, got {value}")
+        for field in ("steps", "tolerance", "learning_rate"):
+            value = getattr(self, field)
+            if value is not None and not value > 0:
+                raise ValueError(f"{field} must be positive, got {value}")
         moving = self.shift or self.parametrisation == "whitened"
         if moving and self.prior_update == "closed_form":
             raise ValueError(
@@ -118,8 +155,8 @@ class JointVariational(Strategy):
 
     @property
     def name(self) -> str:
-        """`JointVariational`, with the family, if not diagonal, and the reset period, if set."""
-        parts = [self.q.replace("_", " ")] if self.q != "diagonal" else []
+        """`JointVariational`, with the family and the reset period, if they are set."""
+        parts = [self.q.replace("_", " ")] if self.q != "auto" else []
         parts += ["whitened"] if self.parametrisation == "whitened" else []
         parts += ["shift"] if self.shift else []
         parts += ["closed form"] if self.prior_update == "closed_form" else []
@@ -130,6 +167,40 @@ class JointVariational(Strategy):
     def num_steps(self) -> int:
         """`steps`."""
         return self.steps
+
+    def settled(self, density: Density, *, whole: bool) -> Self:
+        """With family, way of the q_i, rule and way of the prior chosen.
+
+        Raises:
+            ValueError: something is asked for that the rest rules out.
+        """
+        q = ("full" if density.dim <= MAX_DIM else "diagonal") if self.q == "auto" else self.q
+        against = {
+            f"q={q!r}": q != "full",
+            "batch_rows": self.batch_rows is not None,
+            "shift": self.shift,
+            "parametrisation='whitened'": self.parametrisation == "whitened",
+            "resets": self.resets is not None,
+            "expectation='draws'": self.expectation == "draws",
+        }
+        found = next((name for name, holds in against.items() if holds), None)
+        if self.q_update == "solve" and found:
+            raise ValueError(f"q_update='solve' does not go with {found}; use 'gradient'")
+        solve = self.q_update != "gradient" and found is None
+        if self.prior_update == "quasi-newton" and not (solve and whole):
+            wanted = "all tasks in every step" if solve else "q_update='solve'"
+            raise ValueError(f"prior_update='quasi-newton' needs {wanted}; use 'gradient'")
+        update, rule = self.prior_update, self.expectation
+        if update == "auto":
+            update = "quasi-newton" if solve and whole else "gradient"
+        if rule == "auto":
+            rule = "quadrature" if solve else "draws"
+        chosen = {"q": q, "prior_update": update, "expectation": rule}
+        return replace(self, q_update="solve" if solve else "gradient", **chosen)  # type: ignore[arg-type]
+
+    def is_tested(self, state: State) -> bool:
+        """Unless there are resets."""
+        return self.resets is None
 
     def prepare(self, tasks: Tasks | TaskSource, seed: int) -> Tasks:
         """All rows of the tasks.
@@ -152,6 +223,11 @@ class JointVariational(Strategy):
         generator: torch.Generator,
     ) -> State:
         """θ0, scales and φ at the user's prior; every q_i at N(θ0, Σ)."""
+        if "auto" in (self.q, self.q_update, self.expectation, self.prior_update):
+            raise ValueError(
+                "this strategy leaves choices open; call fit, or init of "
+                "strategy.settled(density, whole=True)"
+            )
         closed = self.prior_update == "closed_form"
         if closed and prior.factor is not None:
             raise ValueError(
@@ -176,23 +252,37 @@ class JointVariational(Strategy):
             state.tensors |= no_moments(meta)
         if meta.leaves():
             state.optimisers["meta"] = torch.optim.Adam(meta.leaves(), lr=self.learning_rate)
+        if self._tested(meta):
+            state.tensors |= self._test.begin(flat([*self._tested(meta).values()]))
+        if meta.leaves() and self.prior_update == "quasi-newton":
+            tensors, state.optimisers["quasi"] = self._quasi_newton.begin(meta)
+            state.tensors |= tensors
         return state
 
     def step(
         self, density: Density, state: State, batch: Batch, generator: torch.Generator
     ) -> StepInfo:
-        """One gradient step on the prior and on the batch's q_i."""
+        """One step on the prior and on the batch's q_i."""
+        if self.q_update == "solve":
+            return self._solve_step(density, state, batch)
         if self.resets and state.step in self.resets.times(self.steps):
             which = self.resets.which(self.resets.times(self.steps).index(state.step))
             reset(state.tensors, which, self._start(state.meta), self.resets.amount)
             if self.prior_update == "closed_form":
                 self._count_again(state)
-        return self._descend(density, state, batch, generator, self._rates(state, batch), True)
+        info = self._descend(density, state, batch, generator, self._rates(state, batch), True)
+        if self.resets is None:
+            self._look_at_iterates(state, batch)
+        return info
 
     def adapt(
         self, density: Density, state: State, tasks: Tasks, generator: torch.Generator
     ) -> TaskPosterior:
-        """New q_i by the same steps under the learned prior."""
+        """New q_i in the same way under the learned prior."""
+        if self.q_update == "solve":
+            prior, shared = state.meta.fixed()
+            mean, tril, _ = laplace_start(density, prior, shared, tasks)
+            return self._best(density, prior, shared, tasks, mean, tril)
         fresh = State(state.meta, tensors=new_table(self._start(state.meta), len(tasks)))
         batch = Batch(tasks, torch.arange(len(tasks)), len(tasks))
         for step in range(self.adapt_steps):
@@ -205,15 +295,172 @@ class JointVariational(Strategy):
         self, density: Density, state: State, tasks: Tasks, generator: torch.Generator
     ) -> TaskPosterior:
         """The q_i of the training tasks, as they were optimised together with the prior."""
+        if self.q_update == "solve":
+            prior, shared = state.meta.fixed()
+            q = self._q(state.meta, prior, state.tensors["rows"])
+            assert q.factor is not None
+            return self._best(density, prior, shared, tasks, q.mean, q.factor)
         return self._read(density, state, tasks)
 
+    # -- the q_i solved ---------------------------------------------------------------------------
+
+    def _solve_step(self, density: Density, state: State, batch: Batch) -> StepInfo:
+        meta = state.meta
+        closed = self.prior_update == "closed_form"
+        if closed or not meta.leaves() or self._begins(state):
+            found, q = self._evaluate(density, state, batch)
+            if closed or self._begins(state):
+                maximise(_moments(meta, q), meta, batch.total, self.learn_loc, self._learns_scale)
+            if closed and not meta.leaves():
+                self._has_slowed(state, found.info.loss * batch.total)
+            elif not meta.leaves() and len(batch.tasks) == batch.total:
+                state.arrived = "nothing is learned across tasks, and each has its best q"
+            if not (closed and meta.leaves()):
+                return found.info
+        elif self.prior_update == "quasi-newton" and not QuasiNewton.has_jumps(state):
+
+            def evaluate() -> Evaluated:
+                return self._evaluate(density, state, batch)[0]
+
+            return self._quasi_newton.step(state, evaluate, batch.total)
+        else:
+            found, _ = self._evaluate(density, state, batch)
+        rate = self._test.rate(state.tensors, self.learning_rate, state.step)
+        update(state.optimisers["meta"], meta.leaves(), found.grads, rate)
+        self._look_at_iterates(state, batch)
+        return found.info
+
+    def _evaluate(
+        self, density: Density, state: State, batch: Batch
+    ) -> tuple[Evaluated, GaussianQ]:
+        """Σ_i F_i at the best q_i of the prior as it stands, and its gradient; and these q_i."""
+        meta, leaves, table = state.meta, state.meta.leaves(), state.tensors
+        rule, (prior, shared) = self._rule(meta), meta.fixed()
+        count = len(batch.tasks)
+        before = meta.log_prior() / -batch.total
+        grads = [torch.zeros_like(t) for t in leaves]
+        losses, solutions, spent = list[Tensor](), list[Solved](), 0
+        size = max(1, _MOST_ROWS // (len(rule.points) * batch.tasks.mask.shape[1]))
+        for number, part in enumerate(batch.split(size)):
+            index = part.index.to(prior.loc.device)
+            q = self._q(meta, prior, table["rows"][index])
+            assert q.factor is not None
+            mean, tril = q.mean, q.factor
+            fresh = (table["visits"][index] == 0).nonzero()[:, 0]
+            if len(fresh):
+                some = part.tasks.select(fresh.cpu())
+                mean, tril = mean.clone(), tril.clone()
+                mean[fresh], tril[fresh], more = laplace_start(density, prior, shared, some)
+                spent += len(fresh) * more
+            found = solve(density, prior, shared, part.tasks, mean, tril, rule)
+            spent += len(part.tasks) * (found.gradients + len(rule.points))
+            frame = self._frame(meta, prior)
+            table["rows"][index] = self._family(meta).rows_of(found.mean, found.tril, *frame)
+            table["visits"][index] += 1
+            points = rule.points[:, None].expand(-1, len(part.tasks), -1)
+            each = free_energy(
+                density,
+                meta.prior,
+                meta.shared,
+                part.tasks,
+                found.q,
+                points,
+                rule_weights=rule.weights,
+            )
+            check_finite(each, part.tasks, state.step)
+            total = each.sum() / count + (before if number == 0 else 0.0)
+            if leaves:
+                part_grads = gradients(total, leaves, state.step)
+                grads = [a + b for a, b in zip(grads, part_grads, strict=True)]
+            losses.append(each.detach())
+            solutions.append(found)
+        loss = float(torch.cat(losses).mean() + before.detach())
+        stats = {
+            name: torch.cat([s.stats()[name] for s in solutions]) for name in solutions[0].stats()
+        }
+        every = GaussianQ(
+            torch.cat([s.mean for s in solutions]), factor=torch.cat([s.tril for s in solutions])
+        )
+        return Evaluated(StepInfo(loss, spent, stats), grads), every
+
+    def _best(
+        self,
+        density: Density,
+        prior: GaussianPrior,
+        shared: Tensor,
+        tasks: Tasks,
+        mean: Tensor,
+        tril: Tensor,
+    ) -> TaskPosterior:
+        rule = quadrature(prior.dim, prior.loc)
+        size = max(1, _MOST_ROWS // (len(rule.points) * tasks.mask.shape[1]))
+        found = [
+            solve(density, prior, shared, part, mean[rows], tril[rows], rule)
+            for rows in torch.arange(len(tasks)).split(size)
+            for part in [tasks if size >= len(tasks) else tasks.select(rows)]
+        ]
+        stats = {name: torch.cat([f.stats()[name] for f in found]) for name in found[0].stats()}
+        mean, tril = torch.cat([f.mean for f in found]), torch.cat([f.tril for f in found])
+        return Gaussian(density, tasks.names, shared, mean, tril, stats=stats)
+
+    def _rule(self, meta: Meta) -> Rule:
+        like = meta.origin.loc
+        if self.expectation == "quadrature":
+            return quadrature(meta.origin.dim, like)
+        points = cubature(meta.origin.dim, like.dtype, like.device)
+        return Rule(points, torch.full_like(points[:, 0], 1 / len(points)))
+
+    def _begins(self, state: State) -> bool:
+        """Whether a closed form takes this step: from wide priors it goes a long way at once."""
+        origin, belief = state.meta.origin, state.meta.origin.hyperprior
+        law = "flat" if belief is None else belief.scale_law
+        free = origin.factor is None and law in ("flat", "half-normal")
+        return state.step < _BEGIN and free and self.learn_loc and self._learns_scale
+
+    def _has_slowed(self, state: State, nats: float) -> None:
+        """Whether EM has arrived: what is left to gain if its gains go on falling as they do."""
+        last = state.tensors.setdefault("em", torch.full((2,), torch.nan, dtype=torch.float64))
+        gain = float(last[0]) - nats
+        rate = min(max(gain / float(last[1]), 0.0), 0.9999) if float(last[1]) > 0 else math.nan
+        last.copy_(torch.tensor([nats, gain]))
+        if gain * rate / (1 - rate) < 0.5 * self._quasi_newton.tolerance**2:
+            state.arrived = "the closed form has less than the tolerance left to gain"
+
     # -- private ----------------------------------------------------------------------------------
+
+    @property
+    def _quasi_newton(self) -> QuasiNewton:
+        return QuasiNewton(self.tolerance or EXACT)
+
+    @property
+    def _test(self) -> IterateTest:
+        return IterateTest(self.tolerance or NOISY, self.steps)
+
+    def _tested(self, meta: Meta) -> dict[str, Tensor]:
+        """What is learned, by gradients or in closed form."""
+        out = learned(meta)
+        if self.prior_update == "closed_form":
+            more = {"loc": self.learn_loc, "log_scale": self._learns_scale}
+            out = {name: meta.raw[name] for name, yes in more.items() if yes} | out
+        return out
+
+    def _look_at_iterates(self, state: State, batch: Batch) -> None:
+        tested = self._tested(state.meta)
+        if not tested:
+            return
+        unit = units(state.meta, batch.total, tested)
+        average, arrived = self._test.add(state.tensors, flat([*tested.values()]), unit)
+        if average is not None and self.prior_update != "closed_form":
+            put(state.meta, average)
+        if arrived:
+            state.arrived = "the average of the iterates stays where it is"
 
     @property
     def _learns_scale(self) -> bool:
         return self.q != "delta" if self.learn_scale is None else self.learn_scale
 
     def _family(self, meta: Meta) -> Family:
+        assert self.q != "auto"
         return Family(self.q, meta.origin.dim, self.rank if self.q == "low_rank" else 0)
 
     def _frame(self, meta: Meta, prior: GaussianPrior) -> tuple[Tensor, Tensor]:
@@ -249,7 +496,10 @@ class JointVariational(Strategy):
         if self.batch_rows is not None:
             tasks, weight = tasks.minibatch(self.batch_rows, generator)
         points = self._points(q, generator)
-        losses = free_energy(density, prior, shared, tasks, q, points, weight)
+        weights = None
+        if self.expectation == "quadrature" and q.noise_dim:
+            weights = quadrature(q.noise_dim, q.mean).weights
+        losses = free_energy(density, prior, shared, tasks, q, points, weight, weights)
         leaves = meta.leaves() if learn else []
         if learn:
             total = objective(losses, meta, batch, state.step)
@@ -265,7 +515,7 @@ class JointVariational(Strategy):
             add_moments(table, meta, q, -(table["visits"][index] > 0).double())
         descend(table, index, own, rates)
         if leaves:
-            rate = decayed(self.learning_rate, state.step, self.steps)
+            rate = self._rate(state)
             update(state.optimisers["meta"], leaves, grads[:-1], rate)
         if closed:
             add_moments(table, meta, self._q(meta, prior, table["rows"][index]), 1.0)
@@ -277,19 +527,28 @@ class JointVariational(Strategy):
         """The learning rate of each task's q_i, `[B]`: its cosine begins again at its resets."""
         rows, step = state.tensors["rows"], state.step
         if self.resets is None:
-            return rows.new_full((len(batch.index),), decayed(self.learning_rate, step, self.steps))
+            return rows.new_full((len(batch.index),), self._rate(state))
         turns = range(self.resets.turns)
         phases = [self.resets.phase(step, self.steps, task) for task in turns]
         each = rows.new_tensor([decayed(self.learning_rate, phase, 1) for phase in phases])
         return each[batch.index.to(rows.device) % len(turns)]
+
+    def _rate(self, state: State) -> float:
+        """The prior's learning rate now."""
+        if self.resets is None and "trail_count" in state.tensors:
+            return self._test.rate(state.tensors, self.learning_rate, state.step)
+        return decayed(self.learning_rate, state.step, self.steps)
 
     def _points(self, q: GaussianQ, generator: torch.Generator) -> Tensor | None:
         """Standardised points `[S, B, K]` at which f is averaged; None for a delta."""
         if not q.noise_dim:
             return None
         like: Any = {"dtype": q.mean.dtype, "device": q.mean.device}
-        if self.expectation == "cubature":
-            return cubature(q.noise_dim, **like)[:, None].expand(-1, len(q.mean), -1)
+        if self.expectation in ("cubature", "quadrature"):
+            fixed = cubature(q.noise_dim, **like)
+            if self.expectation == "quadrature":
+                fixed = quadrature(q.noise_dim, q.mean).points
+            return fixed[:, None].expand(-1, len(q.mean), -1)
         shape = (self.samples // 2, len(q.mean), q.noise_dim)
         half = torch.randn(shape, generator=generator, **like)
         return torch.cat([half, -half])
@@ -309,9 +568,18 @@ class JointVariational(Strategy):
         return q.posterior(density, tasks.names, shared)
 
 
+def _moments(meta: Meta, q: GaussianQ) -> dict[str, Tensor]:
+    sums = no_moments(meta)
+    add_moments(sums, meta, q, 1.0)
+    return sums
+
+
 _CHOICES = {
-    "q": ("delta", "diagonal", "low_rank", "full"),
-    "expectation": ("draws", "cubature"),
+    "q": ("auto", "delta", "diagonal", "low_rank", "full"),
+    "q_update": ("auto", "solve", "gradient"),
+    "expectation": ("auto", "quadrature", "draws", "cubature"),
     "parametrisation": ("plain", "whitened"),
-    "prior_update": ("gradient", "closed_form"),
+    "prior_update": ("auto", "quasi-newton", "gradient", "closed_form"),
 }
+_BEGIN = 3  # steps in closed form before the quasi-Newton method
+_MOST_ROWS = 4_000_000  # of the likelihood that are evaluated at once

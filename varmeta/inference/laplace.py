@@ -23,18 +23,18 @@ def hessian(energy: Energy | Callable[[Tensor], Tensor], theta: Tensor) -> Tenso
 
 
 def laplace_scale(
-    energy: Energy | Callable[[Tensor], Tensor], theta: Tensor, names: tuple[str, ...]
+    energy: Energy | Callable[[Tensor], Tensor], theta: Tensor, names: tuple[str, ...] | None
 ) -> Tensor:
     """L `[T, D, D]`, lower triangular, with L Lᵀ = (∇²E)⁻¹ at the mode θ `[T, D]`.
 
     Where the Hessian is not positive definite θ is no mode: its negative directions are folded over
-    (the inverse of |∇²E|) and a warning names the tasks.
+    (the inverse of |∇²E|) and a warning names the tasks, unless `names` is None.
     """
     dense = hessian(energy, theta)
     values, vectors = torch.linalg.eigh(dense)
     floor = torch.finfo(theta.dtype).eps * values.abs().amax(-1, keepdim=True)
     bad = (values <= floor).any(-1).nonzero()[:, 0].tolist()
-    if bad:
+    if bad and names is not None:
         shown = ", ".join(names[i] for i in bad[:5])
         warnings.warn(
             f"the curvature is not positive definite at the mode of {len(bad)} task(s) ({shown}): "

@@ -120,10 +120,10 @@ class MetaGradient(Strategy):
         """
         can = whole and self.is_smooth
         if self.optimiser == "quasi-newton" and not can:
-            reason = "every step sees other tasks" if not whole else "its gradient is not exact"
+            reason = "its gradient is not exact" if whole else "every step sees other tasks"
             raise ValueError(
-                f"optimiser='quasi-newton' needs a loss without noise, and for {self.name} {reason};"
-                " use 'adam' or 'auto'"
+                f"optimiser='quasi-newton' needs a loss without noise, and in {self.name} "
+                f"{reason}; use 'adam' or 'auto'"
             )
         if self.optimiser != "auto":
             return self

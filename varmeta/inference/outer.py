@@ -19,7 +19,7 @@ the first way and gone on with by the second.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -57,11 +57,17 @@ class Evaluated:
     grads: list[Tensor]
 
 
-def units(meta: Meta, total: float) -> Tensor:
+def learned(meta: Meta) -> dict[str, Tensor]:
+    """What of `meta.raw` is learned by gradients."""
+    return {name: tensor for name, tensor in meta.raw.items() if tensor.requires_grad}
+
+
+def units(meta: Meta, total: float, raw: Mapping[str, Tensor] | None = None) -> Tensor:
     """About one standard error of each learned number, in units of `meta.raw`, `[n]`.
 
     σ/√T for θ0 (and the low-rank factor), 1/√(2 T n_m) for the log scale of n_m coordinates, 1/√T
-    units of its prior for φ: what T tasks would leave open if each showed its θ_i.
+    units of its prior for φ: what T tasks would leave open if each showed its θ_i. `raw`: of which
+    parts of `meta.raw`; those with a gradient if None.
     """
     tasks = total if math.isfinite(total) else _STREAM
     with torch.no_grad():
@@ -77,11 +83,10 @@ def units(meta: Meta, total: float) -> Tensor:
             "factor": None if prior.factor is None else width[:, None].expand_as(prior.factor),
         }
         parts = []
-        for name, tensor in meta.raw.items():
-            if tensor.requires_grad:
-                unit = own.get(name)
-                unit = torch.ones_like(tensor) if unit is None else unit
-                parts.append(unit.reshape(-1).detach())
+        for name, tensor in (learned(meta) if raw is None else raw).items():
+            unit = own.get(name)
+            unit = torch.ones_like(tensor) if unit is None else unit
+            parts.append(unit.reshape(-1).detach())
         return torch.cat(parts) / math.sqrt(tasks)
 
 
@@ -97,12 +102,11 @@ def names(meta: Meta) -> list[str]:
         for k in range(s.size)
     ]
     known = {"loc": sites, "log_scale": list(meta.origin.modules.names), "shared": shared}
-    for name, tensor in meta.raw.items():
-        if tensor.requires_grad:
-            labels = known.get(name)
-            if labels is None or len(labels) != tensor.numel():
-                labels = [str(k) for k in range(tensor.numel())]
-            out += [f"{name}[{label}]" for label in labels]
+    for name, tensor in learned(meta).items():
+        labels = known.get(name)
+        if labels is None or len(labels) != tensor.numel():
+            labels = [str(k) for k in range(tensor.numel())]
+        out += [f"{name}[{label}]" for label in labels]
     return out
 
 
@@ -359,9 +363,7 @@ class _Descent:
     def wider(self, here: Tensor) -> list[Tensor]:
         """With one of the scales ten times as large: near 0 an objective is flat and not best."""
         trials, first = [], 0
-        for name, tensor in self.meta.raw.items():
-            if not tensor.requires_grad:
-                continue
+        for name, tensor in learned(self.meta).items():
             if name == "log_scale" and tensor.numel() <= _PROBED:
                 for k in range(first, first + tensor.numel()):
                     there = here.clone()

@@ -1,0 +1,230 @@
+"""Each task's best Gaussian q_i with a full covariance, by natural-gradient steps.
+
+F_i(q) = KL[q ‖ N(θ0, Σ)] + E_q f_i over q = N(m, LLᵀ), E_q by a fixed rule of points z_s and
+weights w_s with Σ w z = 0 and Σ w zzᵀ = I, so that quadratic f_i are averaged exactly. With
+g_s = ∇f(m + Lz_s) the gradients are ∇_m F = Σ w g + Λ(m − θ0) and, in L, tril(Σ w g zᵀ + ΛL − L⁻ᵀ):
+by Stein's identity the mean of the Hessian without a Hessian. A step sets the precision to what makes
+the second vanish, q⁻¹ ← L⁻ᵀ W L⁻¹ with W = LᵀΛL + Σ w (Lᵀg)zᵀ (its lower triangle, mirrored), and
+the mean by a Newton step with it: Newton's method averaged over q (Opper & Archambeau, 2009, The
+Variational Gaussian Approximation Revisited; Khan & Rue, 2023, The Bayesian Learning Rule, section
+4.2), exact in one step for linear-Gaussian tasks. A step is halved until F_i does not rise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.quasirandom import SobolEngine
+
+from varmeta.inference.energy import TaskEnergy
+from varmeta.inference.families import GaussianQ
+from varmeta.inference.laplace import laplace_scale
+from varmeta.inference.newton import NewtonCG
+from varmeta.models.density import Density
+from varmeta.models.prior import GaussianPrior
+from varmeta.tasks import Tasks
+
+MAX_DIM = 40  # coordinates up to which full covariances are the default
+_PRODUCT = {1: 11, 2: 5}  # Gauss-Hermite points a dimension, where their product is small
+_MOST_ITERATIONS = 100
+_HALVINGS = 12
+_LEAST = 0.1  # of a step's change of precision in a direction: widths grow threefold at most
+_NATS = 1e-14  # of F, by which a step may raise it: rounding
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """Points `[S, K]` and weights `[S]` that average over N(0, I); degree 3 at least."""
+
+    points: Tensor
+    weights: Tensor
+
+
+def quadrature(dim: int, like: Tensor) -> Rule:
+    """A rule without noise for E under N(0, I) in `dim` dimensions, in the data type of `like`.
+
+    One dimension: 11 Gauss-Hermite points (degree 21); two: 5 × 5 (degree 9); more: max(32, 4 dim)
+    antithetic Sobol points, turned so that their second moments are exact (degree 3, and close to
+    the law beyond).
+    """
+    to: Any = {"dtype": like.dtype, "device": like.device}
+    if dim in _PRODUCT:
+        nodes, weights = np.polynomial.hermite_e.hermegauss(_PRODUCT[dim])
+        weights = weights / weights.sum()
+        grid = np.stack(np.meshgrid(*[nodes] * dim, indexing="ij"), -1).reshape(-1, dim)
+        each = np.stack(np.meshgrid(*[weights] * dim, indexing="ij"), -1).prod(-1).reshape(-1)
+        return Rule(torch.as_tensor(grid, **to), torch.as_tensor(each, **to))
+    half = max(16, 2 * dim)
+    uniform = SobolEngine(dim, scramble=True, seed=0).draw(half, dtype=torch.float64)
+    normal = torch.special.ndtri(uniform.clamp(1e-6, 1 - 1e-6))
+    second = torch.linalg.cholesky(normal.T @ normal / half)
+    normal = torch.linalg.solve_triangular(second, normal.T, upper=False).T
+    points = torch.cat([normal, -normal])
+    return Rule(points.to(**to), torch.full((2 * half,), 0.5 / half, **to))
+
+
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """Each task's best q.
+
+    Attributes:
+        mean: `[T, D]`.
+        tril: `[T, D, D]`, L.
+        slope: `[T]`, size of the gradient of F in units in which q is N(0, I).
+        converged: `[T]` bool.
+        iterations: `[T]` int.
+        gradients: gradient evaluations of each task's loss.
+    """
+
+    mean: Tensor
+    tril: Tensor
+    slope: Tensor
+    converged: Tensor
+    iterations: Tensor
+    gradients: int
+
+    @property
+    def q(self) -> GaussianQ:
+        """As a family's member."""
+        return GaussianQ(self.mean, factor=self.tril)
+
+    def stats(self) -> dict[str, Tensor]:
+        """Diagnostics per task, `[T]` each."""
+        return {"grad_norm": self.slope, "iterations": self.iterations, "converged": self.converged}
+
+
+def laplace_start(
+    density: Density, prior: GaussianPrior, shared: Tensor, tasks: Tasks
+) -> tuple[Tensor, Tensor, int]:
+    """Mean, L and gradient evaluations of Laplace's q, found from θ0: where steps can begin."""
+    energy = TaskEnergy(density, tasks, shared, prior)
+    with torch.no_grad():
+        minimum = NewtonCG().minimise(energy, prior.loc.expand(len(tasks), -1))
+    tril = laplace_scale(energy, minimum.theta, None)
+    return minimum.theta, tril, minimum.gradients + 2 * prior.dim
+
+
+def solve(
+    density: Density,
+    prior: GaussianPrior,
+    shared: Tensor,
+    tasks: Tasks,
+    mean: Tensor,
+    tril: Tensor,
+    rule: Rule,
+    tolerance: float | None = None,
+) -> Solved:
+    """The q_i that minimise F_i, from `mean` `[T, D]` and `tril` `[T, D, D]`; no gradients kept.
+
+    A task stops where its slope is below `tolerance`; None for 1e-7 in float64, 1e-3 in float32.
+    """
+    prior = prior.moved(*(None if t is None else t.detach() for t in _parts(prior)))  # type: ignore[arg-type]
+    with torch.no_grad():
+        return _Steps(density, prior, shared.detach(), tasks, rule).run(mean, tril, tolerance)
+
+
+def _parts(prior: GaussianPrior) -> tuple[Tensor, Tensor, Tensor | None]:
+    return prior.loc, prior.log_scale, prior.factor
+
+
+@dataclass(eq=False)
+class _Steps:
+    density: Density
+    prior: GaussianPrior
+    shared: Tensor
+    tasks: Tasks
+    rule: Rule
+    gradients: int = 0
+
+    def run(self, mean: Tensor, tril: Tensor, tolerance: float | None) -> Solved:
+        fine = mean.dtype == torch.float64
+        goal = tolerance or (1e-7 if fine else 1e-3)
+        rounding = torch.finfo(mean.dtype).eps ** 0.5
+        precision = self.prior.precision()
+        value, slopes = self.evaluate(mean, tril)
+        for _ in range(_HALVINGS):  # points far out may overflow where the mode does not
+            wild = ~value.isfinite()
+            if not bool(wild.any()):
+                break
+            tril = torch.where(wild[:, None, None], 0.5 * tril, tril)
+            value, slopes = self.evaluate(mean, tril)
+        iterations = torch.zeros(len(mean), dtype=torch.long, device=mean.device)
+        stalled = torch.zeros_like(iterations, dtype=torch.bool)
+        size = torch.full_like(value, torch.inf)
+        for _ in range(_MOST_ITERATIONS):
+            white, along = self.directions(mean, tril, slopes, precision)
+            eye = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
+            size = (0.5 * (white - eye).square().sum((-2, -1)) + along.square().sum(-1)).sqrt()
+            active = (size > goal) & ~stalled
+            if not bool(active.any()):
+                break
+            iterations += active
+            length = active.to(value)
+            for _ in range(_HALVINGS):
+                trial_mean, trial_tril = self.moved(mean, tril, white, along, length)
+                new_value, new_slopes = self.evaluate(trial_mean, trial_tril)
+                # Close to the best q the decrease drowns in rounding: a smaller slope will do.
+                level = (new_value - value).abs() <= rounding * 1e-3 * (1 + value.abs())
+                good = (new_value <= value) | (level & (size < 1e-2))
+                if bool((good | ~active).all()):
+                    break
+                length = torch.where(good, length, 0.5 * length)
+            failed = active & ~good
+            stalled |= failed
+            keep = (active & ~failed)[:, None]
+            mean = torch.where(keep, trial_mean, mean)
+            tril = torch.where(keep[..., None], trial_tril, tril)
+            value = torch.where(keep[:, 0], new_value, value)
+            slopes = [
+                torch.where(keep.unsqueeze(-1) if new.dim() == 3 else keep, new, old)
+                for new, old in zip(new_slopes, slopes, strict=True)
+            ]
+        return Solved(mean, tril, size, size <= max(goal, rounding), iterations, self.gradients)
+
+    def evaluate(self, mean: Tensor, tril: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """F `[T]`, infinite where it is not a number, Σ w g `[T, D]`, Σ w (Lᵀg)zᵀ `[T, D, D]`."""
+        points, weights = self.rule.points, self.rule.weights
+        theta = mean + torch.einsum("tdk,sk->std", tril, points)
+        self.gradients += len(points)
+        with torch.enable_grad():
+            leaf = theta.detach().requires_grad_()
+            loss = self.density.negative_log_likelihood(leaf, self.tasks, self.shared)
+            (grad,) = torch.autograd.grad(loss.sum(), leaf)
+        q = GaussianQ(mean, factor=tril)
+        value = q.kl(self.prior) + torch.einsum("s,st->t", weights, loss.detach())
+        first = torch.einsum("s,std->td", weights, grad)
+        second = torch.einsum("s,std,sk->tdk", weights, grad, points)
+        second = tril.mT @ second
+        finite = value.isfinite() & first.isfinite().all(-1) & second.isfinite().all((-2, -1))
+        value = torch.where(finite, value, torch.inf)
+        return value, [first, second]
+
+    def directions(
+        self, mean: Tensor, tril: Tensor, slopes: list[Tensor], precision: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """W `[T, D, D]`, which is I at the best L, and Lᵀ∇_m F `[T, D]`."""
+        first, second = slopes
+        lower = second.tril()
+        mirrored = lower + second.tril(-1).mT
+        white = tril.mT @ precision @ tril + mirrored
+        pull = (precision @ (mean - self.prior.loc)[..., None])[..., 0]
+        along = (tril.mT @ (first + pull)[..., None])[..., 0]
+        return white, along
+
+    def moved(
+        self, mean: Tensor, tril: Tensor, white: Tensor, along: Tensor, length: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """q after a share `length` `[T]` of the step."""
+        values, vectors = torch.linalg.eigh(torch.nan_to_num(white))
+        values = values.clamp(min=_LEAST)
+        share = length[:, None]
+        step = vectors @ ((vectors.mT @ along[..., None]) / values[..., None])
+        mean = mean - share * (tril @ step)[..., 0]
+        precision = 1 - share + share * values
+        inner = (vectors / precision[..., None, :]) @ vectors.mT  # in units of the old q
+        root, _ = torch.linalg.cholesky_ex(inner)
+        return mean, tril @ root
