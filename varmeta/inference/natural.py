@@ -3,16 +3,17 @@
 F_i(q) = KL[q ‖ N(θ0, Σ)] + E_q f_i over q = N(m, LLᵀ), E_q by a fixed rule of points z_s and
 weights w_s with Σ w z = 0 and Σ w zzᵀ = I, so that quadratic f_i are averaged exactly. With
 g_s = ∇f(m + Lz_s) the gradients are ∇_m F = Σ w g + Λ(m − θ0) and, in L, tril(Σ w g zᵀ + ΛL − L⁻ᵀ):
-by Stein's identity the mean of the Hessian without a Hessian. A step sets the precision to what makes
-the second vanish, q⁻¹ ← L⁻ᵀ W L⁻¹ with W = LᵀΛL + Σ w (Lᵀg)zᵀ (its lower triangle, mirrored), and
+by Stein's identity the mean of the Hessian without a Hessian. A step sets the precision to what
+makes the second vanish, q⁻¹ ← L⁻ᵀ W L⁻¹ with W = LᵀΛL + Σ w (Lᵀg)zᵀ (its lower triangle, mirrored), and
 the mean by a Newton step with it: Newton's method averaged over q (Opper & Archambeau, 2009, The
 Variational Gaussian Approximation Revisited; Khan & Rue, 2023, The Bayesian Learning Rule, section
-4.2), exact in one step for linear-Gaussian tasks. A step is halved until F_i does not rise.
+4.2), exact in one step for linear-Gaussian tasks. A step is halved until F_i does not rise. Where ten steps do not do, in
+tasks of few rows under a wide prior, L-BFGS goes on.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,9 @@ from torch.quasirandom import SobolEngine
 
 from varmeta.inference.energy import TaskEnergy
 from varmeta.inference.families import GaussianQ
+from varmeta.inference.free_energy import free_energy
 from varmeta.inference.laplace import laplace_scale
+from varmeta.inference.lbfgs import LBFGS
 from varmeta.inference.newton import NewtonCG
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
@@ -30,10 +33,9 @@ from varmeta.tasks import Tasks
 
 MAX_DIM = 40  # coordinates up to which full covariances are the default
 _PRODUCT = {1: 11, 2: 5}  # Gauss-Hermite points a dimension, where their product is small
-_MOST_ITERATIONS = 100
+_MOST_NATURAL, _MOST_BFGS = 10, 200
 _HALVINGS = 12
 _LEAST = 0.1  # of a step's change of precision in a direction: widths grow threefold at most
-_NATS = 1e-14  # of F, by which a step may raise it: rounding
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +122,7 @@ def solve(
 ) -> Solved:
     """The q_i that minimise F_i, from `mean` `[T, D]` and `tril` `[T, D, D]`; no gradients kept.
 
-    A task stops where its slope is below `tolerance`; None for 1e-7 in float64, 1e-3 in float32.
+    A task stops where its slope is below `tolerance`; None for 1e-6 in float64, 1e-3 in float32.
     """
     prior = prior.moved(*(None if t is None else t.detach() for t in _parts(prior)))  # type: ignore[arg-type]
     with torch.no_grad():
@@ -141,8 +143,21 @@ class _Steps:
     gradients: int = 0
 
     def run(self, mean: Tensor, tril: Tensor, tolerance: float | None) -> Solved:
-        fine = mean.dtype == torch.float64
-        goal = tolerance or (1e-7 if fine else 1e-3)
+        goal = tolerance or (1e-6 if mean.dtype == torch.float64 else 1e-3)
+        mean, tril, size, iterations = self.natural(mean, tril, goal)
+        rest = (size > goal).nonzero()[:, 0]
+        if len(rest):
+            chosen = replace(self, tasks=self.tasks.select(rest.cpu()))
+            found = chosen.quasi_newton(mean[rest], tril[rest], goal)
+            mean[rest], tril[rest], size[rest] = found.mean, found.tril, found.slope
+            iterations[rest] += found.iterations
+            self.gradients += found.gradients * len(rest) // len(mean)
+        return Solved(mean, tril, size, size <= 10 * goal, iterations, self.gradients)
+
+    def natural(
+        self, mean: Tensor, tril: Tensor, goal: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Up to ten natural-gradient steps: mean, L, slope and number of steps."""
         rounding = torch.finfo(mean.dtype).eps ** 0.5
         precision = self.prior.precision()
         value, slopes = self.evaluate(mean, tril)
@@ -154,13 +169,11 @@ class _Steps:
             value, slopes = self.evaluate(mean, tril)
         iterations = torch.zeros(len(mean), dtype=torch.long, device=mean.device)
         stalled = torch.zeros_like(iterations, dtype=torch.bool)
-        size = torch.full_like(value, torch.inf)
-        for _ in range(_MOST_ITERATIONS):
+        for count in range(_MOST_NATURAL + 1):
             white, along = self.directions(mean, tril, slopes, precision)
-            eye = torch.eye(mean.shape[-1], dtype=mean.dtype, device=mean.device)
-            size = (0.5 * (white - eye).square().sum((-2, -1)) + along.square().sum(-1)).sqrt()
+            size = _size(white, along)
             active = (size > goal) & ~stalled
-            if not bool(active.any()):
+            if count == _MOST_NATURAL or not bool(active.any()):
                 break
             iterations += active
             length = active.to(value)
@@ -168,22 +181,57 @@ class _Steps:
                 trial_mean, trial_tril = self.moved(mean, tril, white, along, length)
                 new_value, new_slopes = self.evaluate(trial_mean, trial_tril)
                 # Close to the best q the decrease drowns in rounding: a smaller slope will do.
-                level = (new_value - value).abs() <= rounding * 1e-3 * (1 + value.abs())
+                level = (new_value - value).abs() <= 1e-3 * rounding * (1 + value.abs())
                 good = (new_value <= value) | (level & (size < 1e-2))
                 if bool((good | ~active).all()):
                     break
                 length = torch.where(good, length, 0.5 * length)
-            failed = active & ~good
-            stalled |= failed
-            keep = (active & ~failed)[:, None]
-            mean = torch.where(keep, trial_mean, mean)
-            tril = torch.where(keep[..., None], trial_tril, tril)
-            value = torch.where(keep[:, 0], new_value, value)
-            slopes = [
-                torch.where(keep.unsqueeze(-1) if new.dim() == 3 else keep, new, old)
-                for new, old in zip(new_slopes, slopes, strict=True)
-            ]
-        return Solved(mean, tril, size, size <= max(goal, rounding), iterations, self.gradients)
+            stalled |= active & ~good
+            keep = active & good
+            mean, tril, value = (
+                _where(keep, new, old)
+                for new, old in (
+                    (trial_mean, mean),
+                    (trial_tril, tril),
+                    (new_value, value),
+                )
+            )
+            slopes = [_where(keep, n, o) for n, o in zip(new_slopes, slopes, strict=True)]
+        return mean, tril, size, iterations
+
+    def quasi_newton(self, mean: Tensor, tril: Tensor, goal: float) -> Solved:
+        """On from there by L-BFGS on F itself, in coordinates in which q is N(0, I)."""
+        count, dim = mean.shape
+        row, column = torch.tril_indices(dim, dim, device=mean.device)
+        prior, points = self.prior, self.rule.points[:, None].expand(-1, count, -1)
+
+        def q(moved: Tensor) -> GaussianQ:
+            entries = torch.where(row == column, moved[:, dim:].exp(), moved[:, dim:])
+            place = torch.arange(count, device=mean.device)[:, None]
+            inner = moved.new_zeros(count, dim, dim).index_put((place, row, column), entries)
+            shift = (tril @ moved[:, :dim, None])[..., 0]
+            return GaussianQ(mean + shift, factor=tril @ inner)
+
+        def energy(moved: Tensor) -> Tensor:
+            weights = self.rule.weights
+            return free_energy(
+                self.density,
+                prior,
+                self.shared,
+                self.tasks,
+                q(moved),
+                points,
+                rule_weights=weights,
+            )
+
+        method = LBFGS(max_iterations=_MOST_BFGS, tolerance=goal, history=20)
+        with torch.no_grad():
+            found = method.minimise(energy, mean.new_zeros(count, dim + len(row)))
+        best = q(found.theta)
+        assert best.factor is not None
+        done, steps = found.grad_norm <= 10 * goal, found.iterations
+        gradients = found.gradients * len(self.rule.points)
+        return Solved(best.mean, best.factor, found.grad_norm, done, steps, gradients)
 
     def evaluate(self, mean: Tensor, tril: Tensor) -> tuple[Tensor, list[Tensor]]:
         """F `[T]`, infinite where it is not a number, Σ w g `[T, D]`, Σ w (Lᵀg)zᵀ `[T, D, D]`."""
@@ -228,3 +276,14 @@ class _Steps:
         inner = (vectors / precision[..., None, :]) @ vectors.mT  # in units of the old q
         root, _ = torch.linalg.cholesky_ex(inner)
         return mean, tril @ root
+
+
+def _size(white: Tensor, along: Tensor) -> Tensor:
+    """`[T]`, the size of F's gradient where q is N(0, I)."""
+    eye = torch.eye(white.shape[-1], dtype=white.dtype, device=white.device)
+    return (0.5 * (white - eye).square().sum((-2, -1)) + along.square().sum(-1)).sqrt()
+
+
+def _where(tasks: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """`new` in these `[T]` tasks, else `old`."""
+    return torch.where(tasks.reshape(-1, *[1] * (new.dim() - 1)), new, old)
