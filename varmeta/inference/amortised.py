@@ -52,6 +52,11 @@ class BoundInfo:
     curvature: LogDetInfo | None = None
 
     @property
+    def minimum(self) -> Tensor:
+        """`[T, D]`, θ*."""
+        return self.mode.minimum
+
+    @property
     def gradients(self) -> int:
         """Gradient evaluations of each task's loss so far."""
         return self.mode.gradients + (self.curvature.gradients if self.curvature else 0)
@@ -164,6 +169,20 @@ class AmortisedVariational(MetaGradient):
         more = dense if probes is None else probes * (self.logdet.lanczos_steps + 20)
         return super().kept_vectors + more
 
+    def init(
+        self,
+        density: Density,
+        prior: GaussianPrior,
+        tasks: Tasks | TaskSource,
+        generator: torch.Generator,
+    ) -> State:
+        """θ0, scales and φ at the user's prior."""
+        state = super().init(density, prior, tasks, generator)
+        if self.optimiser == "quasi-newton":
+            assert isinstance(tasks, Tasks)
+            state.tensors["minima"] = prior.loc.new_full((len(tasks), density.dim), float("nan"))
+        return state
+
     def prepare(self, tasks: Tasks | TaskSource, seed: int) -> Tasks | TaskSource:
         """All rows for `outside="support"`; else with a query part, cross-validated if need be."""
         if self.outside == "query":
@@ -181,13 +200,15 @@ class AmortisedVariational(MetaGradient):
         shared: Tensor,
         tasks: Tasks,
         generator: torch.Generator | None = None,
+        start: Tensor | None = None,
     ) -> tuple[Tensor, BoundInfo]:
         """The bound of each task, nats: `[T]`, differentiable in the prior and φ; and how it went.
 
-        `generator` is of the log-determinant's probes, where there are any; seed 0 if None.
+        `generator` is of the log-determinant's probes, where there are any; seed 0 if None. `start`
+        is where the inner algorithm begins, `[T, D]`; θ0 if None.
         """
         energy = TaskEnergy(density, self.rows_inside(tasks), shared, prior)
-        start = prior.loc.expand(len(tasks), -1)
+        start = prior.loc.expand(len(tasks), -1) if start is None else start
         theta, info = prox(energy, start, minimiser=self.minimiser, adjoint=self.adjoint)
         info.gradients += 2
         loss, curvature = self._bound(density, prior, shared, tasks, theta, generator)
@@ -224,7 +245,8 @@ class AmortisedVariational(MetaGradient):
     ) -> tuple[Tensor, BoundInfo]:
         """See `losses`."""
         meta = state.meta
-        return self.losses(density, meta.prior, meta.shared, batch.tasks, generator)
+        start = self.start_of(state, batch)
+        return self.losses(density, meta.prior, meta.shared, batch.tasks, generator, start)
 
     def adapt(
         self, density: Density, state: State, tasks: Tasks, generator: torch.Generator

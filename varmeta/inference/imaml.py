@@ -38,7 +38,8 @@ class IMAML(MetaGradient):
         warm_start: start each training task where its last visit ended, not at θ0: a fixed inner
             budget gets much closer to the minimum, and a tolerance, which is relative to the
             gradient at the start, is met more tightly. Where a task has several minima it may stay
-            in another one than a new task would find. Adapting always starts at θ0.
+            in another one than a new task would find. Quasi-Newton steps always do, so that what
+            they minimise has no jumps. Adapting always starts at θ0.
         posterior_kind: `"laplace"`, `"delta"`, or `"auto"`: Laplace up to 200 coordinates.
 
     The other attributes are those of `MetaGradient`.
@@ -67,16 +68,22 @@ class IMAML(MetaGradient):
     ) -> State:
         """θ0, scales and φ at the user's prior; nothing visited yet."""
         state = super().init(density, prior, tasks, generator)
-        if self.warm_start:
-            if isinstance(tasks, TaskSource):
-                raise ValueError("warm_start needs tasks that come back, and a stream's do not")
-            state.tensors["visited"] = prior.loc.new_full((len(tasks), density.dim), float("nan"))
+        if self.warm_start and isinstance(tasks, TaskSource):
+            raise ValueError("warm_start needs tasks that come back, and a stream's do not")
+        if self.warm_start or (self.optimiser == "quasi-newton" and self.finds_minima):
+            assert isinstance(tasks, Tasks)
+            state.tensors["minima"] = prior.loc.new_full((len(tasks), density.dim), float("nan"))
         return state
 
     @property
+    def finds_minima(self) -> bool:
+        """Whether θ* is a minimum, wherever the inner algorithm begins; no unrolled steps."""
+        return isinstance(self.adjoint, Implicit)
+
+    @property
     def is_smooth(self) -> bool:
-        """With an exact adjoint, and nothing kept from step to step."""
-        return not self.warm_start and is_exact(self.minimiser, self.adjoint)
+        """With an exact adjoint."""
+        return is_exact(self.minimiser, self.adjoint)
 
     def losses(
         self,
@@ -96,15 +103,10 @@ class IMAML(MetaGradient):
     def task_losses(
         self, density: Density, state: State, batch: Batch, generator: torch.Generator
     ) -> tuple[Tensor, ProxInfo]:
-        """See `losses`; remembers where each task ended, for a warm start."""
+        """See `losses`; begins where each task ended last, if that is kept."""
         prior, shared = state.meta.prior, state.meta.shared
-        start, table = None, state.tensors.get("visited")
-        if table is not None:
-            index = batch.index.to(table.device)
-            start = torch.where(table[index].isnan(), prior.loc.detach(), table[index])
+        start = self.start_of(state, batch)
         theta, info = self._adapted(density, prior, shared, batch.tasks, start)
-        if table is not None:
-            table[index] = theta.detach()
         return self.loss_at(density, prior, shared, batch.tasks, theta), info
 
     def adapt(

@@ -255,8 +255,9 @@ class JointVariational(Strategy):
         if self._tested(meta):
             state.tensors |= self._test.begin(flat([*self._tested(meta).values()]))
         if meta.leaves() and self.prior_update == "quasi-newton":
-            tensors, state.optimisers["quasi"] = self._quasi_newton.begin(meta)
+            tensors, optimisers = self._quasi_newton.begin(meta)
             state.tensors |= tensors
+            state.optimisers |= optimisers
         return state
 
     def step(
@@ -309,6 +310,7 @@ class JointVariational(Strategy):
         closed = self.prior_update == "closed_form"
         if closed or not meta.leaves() or self._begins(state):
             found, q = self._evaluate(density, state, batch)
+            state.tensors.update(found.keep)
             if closed or self._begins(state):
                 maximise(_moments(meta, q), meta, batch.total, self.learn_loc, self._learns_scale)
             if closed and not meta.leaves():
@@ -317,7 +319,7 @@ class JointVariational(Strategy):
                 state.arrived = "nothing is learned across tasks, and each has its best q"
             if not (closed and meta.leaves()):
                 return found.info
-        elif self.prior_update == "quasi-newton" and not QuasiNewton.has_jumps(state):
+        elif self.prior_update == "quasi-newton":
 
             def evaluate() -> Evaluated:
                 return self._evaluate(density, state, batch)[0]
@@ -325,6 +327,7 @@ class JointVariational(Strategy):
             return self._quasi_newton.step(state, evaluate, batch.total)
         else:
             found, _ = self._evaluate(density, state, batch)
+            state.tensors.update(found.keep)
         rate = self._test.rate(state.tensors, self.learning_rate, state.step)
         update(state.optimisers["meta"], meta.leaves(), found.grads, rate)
         self._look_at_iterates(state, batch)
@@ -340,6 +343,7 @@ class JointVariational(Strategy):
         before = meta.log_prior() / -batch.total
         grads = [torch.zeros_like(t) for t in leaves]
         losses, solutions, spent = list[Tensor](), list[Solved](), 0
+        keep = {name: table[name].clone() for name in ("rows", "visits")}
         size = max(1, _MOST_ROWS // (len(rule.points) * batch.tasks.mask.shape[1]))
         for number, part in enumerate(batch.split(size)):
             index = part.index.to(prior.loc.device)
@@ -355,8 +359,8 @@ class JointVariational(Strategy):
             found = solve(density, prior, shared, part.tasks, mean, tril, rule)
             spent += len(part.tasks) * (found.gradients + len(rule.points))
             frame = self._frame(meta, prior)
-            table["rows"][index] = self._family(meta).rows_of(found.mean, found.tril, *frame)
-            table["visits"][index] += 1
+            keep["rows"][index] = self._family(meta).rows_of(found.mean, found.tril, *frame)
+            keep["visits"][index] += 1
             points = rule.points[:, None].expand(-1, len(part.tasks), -1)
             each = free_energy(
                 density,
@@ -381,7 +385,7 @@ class JointVariational(Strategy):
         every = GaussianQ(
             torch.cat([s.mean for s in solutions]), factor=torch.cat([s.tril for s in solutions])
         )
-        return Evaluated(StepInfo(loss, spent, stats), grads), every
+        return Evaluated(StepInfo(loss, spent, stats), grads, keep), every
 
     def _best(
         self,
@@ -430,7 +434,7 @@ class JointVariational(Strategy):
 
     @property
     def _quasi_newton(self) -> QuasiNewton:
-        return QuasiNewton(self.tolerance or EXACT)
+        return QuasiNewton(self.tolerance or EXACT, self.steps)
 
     @property
     def _test(self) -> IterateTest:

@@ -152,17 +152,19 @@ class MetaGradient(Strategy):
     def with_optimisers(self, state: State) -> State:
         """The same state with all that moves what is learned."""
         leaves = state.meta.leaves()
-        state.optimisers["meta"] = torch.optim.Adam(leaves, lr=self.learning_rate)
-        state.tensors |= self.iterate_test.begin(flat(leaves))
         if self.optimiser == "quasi-newton":
-            tensors, state.optimisers["quasi"] = self.quasi_newton.begin(state.meta)
+            tensors, optimisers = self.quasi_newton.begin(state.meta)
             state.tensors |= tensors
+            state.optimisers |= optimisers
+        else:
+            state.optimisers["meta"] = torch.optim.Adam(leaves, lr=self.learning_rate)
+            state.tensors |= self.iterate_test.begin(flat(leaves))
         return state
 
     @property
     def quasi_newton(self) -> QuasiNewton:
         """How a loss without noise is minimised."""
-        return QuasiNewton(self.tolerance or EXACT)
+        return QuasiNewton(self.tolerance or EXACT, self.steps)
 
     @property
     def iterate_test(self) -> IterateTest:
@@ -179,7 +181,7 @@ class MetaGradient(Strategy):
         self, density: Density, state: State, batch: Batch, generator: torch.Generator
     ) -> StepInfo:
         """One meta-gradient step."""
-        if self.optimiser == "quasi-newton" and not QuasiNewton.has_jumps(state):
+        if self.optimiser == "quasi-newton":
             seed = generator.get_state()
 
             def evaluate() -> Evaluated:
@@ -196,6 +198,7 @@ class MetaGradient(Strategy):
                 put(state.meta, average)
             if arrived:
                 state.arrived = "the average of the iterates stays where it is"
+        state.tensors.update(found.keep)
         return found.info
 
     def evaluate(
@@ -226,7 +229,27 @@ class MetaGradient(Strategy):
             if not all(bool(g.isfinite().all()) for g in grads):
                 raise NonFiniteLoss(non_finite_gradient(state.step))
         spent = sum(len(p.tasks) * r.gradients for p, r in zip(parts, reports, strict=True))
-        return Evaluated(StepInfo(loss, spent, stats, worst), grads)
+        return Evaluated(
+            StepInfo(loss, spent, stats, worst), grads, self.kept(state, batch, reports)
+        )
+
+    def _kept(self, state: State, batch: Batch, reports: list[Report]) -> dict[str, Tensor]:
+        """What of this evaluation the state keeps where the step is taken: see `Evaluated.keep`."""
+        table = state.tensors.get("minima")
+        if table is None:
+            return {}
+        table = table.clone()
+        found = torch.cat([report.minimum for report in reports])  # type: ignore[attr-defined]
+        table[batch.index.to(table.device)] = found
+        return {"minima": table}
+
+    def start_of(self, state: State, batch: Batch) -> Tensor | None:
+        """`[B, D]`, where the inner algorithm begins: each task's last minimum; None for θ0."""
+        table = state.tensors.get("minima")
+        if table is None:
+            return None
+        known = table[batch.index.to(table.device)]
+        return torch.where(known.isnan(), state.meta.fixed()[0].loc, known)
 
     def rows_inside(self, tasks: Tasks) -> Tasks:
         """The rows that a task is adapted to while the prior is learned: its support part."""

@@ -20,19 +20,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from varmeta.inference.base import Meta, NonFiniteLoss, State, StepInfo, decayed
+from varmeta.inference.base import Meta, NonFiniteLoss, State, StepInfo, decayed, update
 
 EXACT, NOISY = 0.01, 0.2  # standard errors: default tolerances without noise and with it
 _VERIFIED = 40  # learned numbers up to which a Newton step is made from differences of gradients
 _DIFFERENCE = 0.02  # of a unit, the step of these differences
 _FLAT = 1e-4  # nats per unit²: curvature below which the data say nothing of a direction
 _MOST_EVALUATIONS = 25  # of one line search
+_FIRST = 0.5  # standard errors, the first size of first-order steps where there are jumps
 _PROBED = 10  # scales up to which a wider value is tried before a run has arrived
 _BLOCKS = 10  # block means in each half of the window that is tested
 _FIRST_BLOCK = 2  # steps in the first block
@@ -51,10 +52,12 @@ class Evaluated:
     Attributes:
         info: loss (nats per task), gradient evaluations and diagnostics, as of a step.
         grads: d loss / d each leaf of `Meta`.
+        keep: what a state's tensors of these names become if the point is kept.
     """
 
     info: StepInfo
     grads: list[Tensor]
+    keep: dict[str, Tensor] = field(default_factory=dict)
 
 
 def learned(meta: Meta) -> dict[str, Tensor]:
@@ -148,15 +151,25 @@ def moving(state: State) -> pd.DataFrame:
 class QuasiNewton:
     """L-BFGS steps on T times the loss, one iteration with its line search a step.
 
+    Where no line search gains what the gradient promises the objective has jumps: from there on
+    Adam's steps (Kingma & Ba, 2015) of half a standard error, ended by an `IterateTest`.
+
     Attributes:
         tolerance: standard errors; a run has arrived where a Newton step would gain less than
             ½ tolerance² nats in all.
+        steps: the limit.
     """
 
     tolerance: float
+    steps: int
 
-    def begin(self, meta: Meta) -> tuple[dict[str, Tensor], torch.optim.Optimizer]:
-        """Tensors for a state that has taken no step, and the optimiser of one of them."""
+    @property
+    def iterate_test(self) -> IterateTest:
+        """How first-order steps are ended."""
+        return IterateTest(max(self.tolerance, NOISY), self.steps)
+
+    def begin(self, meta: Meta) -> tuple[dict[str, Tensor], dict[str, torch.optim.Optimizer]]:
+        """Tensors and optimisers for a state that has taken no step."""
         like = flat(meta.leaves())
         moved = torch.zeros_like(like).requires_grad_()
         tensors = {
@@ -166,10 +179,13 @@ class QuasiNewton:
             "outer_loss": like.new_full((), torch.nan, dtype=torch.float64),
             "outer_slope": torch.zeros_like(like),
             "outer_error": torch.full_like(like, torch.nan),
+            "outer_best": torch.full_like(like, torch.nan),
+            "outer_least": like.new_full((), torch.inf, dtype=torch.float64),
             # Whether it goes on by first-order steps; small steps in a row; restarts without gain.
             "outer_count": torch.zeros(3, dtype=torch.long),
         }
-        return tensors, _lbfgs(moved)
+        tensors |= self.iterate_test.begin(like)
+        return tensors, {"quasi": _lbfgs(moved), "first": torch.optim.Adam([moved], lr=_FIRST)}
 
     def step(self, state: State, evaluate: Evaluate, total: float) -> StepInfo:
         """One iteration; sets `state.arrived` where it was the last one that is needed.
@@ -180,7 +196,7 @@ class QuasiNewton:
         run = _Descent(self, state, evaluate, total)
         if math.isnan(float(state.tensors["outer_loss"])):
             run.restart()
-        return run.iterate()
+        return run.first_order() if self.has_jumps(state) else run.iterate()
 
     @staticmethod
     def has_jumps(state: State) -> bool:
@@ -205,10 +221,10 @@ class _Descent:
     """One step of `QuasiNewton`, with what it evaluates on the way."""
 
     def __init__(self, rule: QuasiNewton, state: State, evaluate: Evaluate, total: float) -> None:
-        self.state, self.evaluate, self.total = state, evaluate, total
+        self.rule, self.state, self.evaluate, self.total = rule, state, evaluate, total
         self.tensors, self.meta = state.tensors, state.meta
         self.nats = 0.5 * rule.tolerance**2
-        self.spent, self.info = 0, StepInfo(math.nan, 0)
+        self.spent, self.info, self.found = 0, StepInfo(math.nan, 0), dict[str, Tensor]()
         self.last: Tensor | None = None  # where the objective was evaluated last
 
     # The vector that L-BFGS moves is u; the learned numbers are centre + unit · u.
@@ -250,9 +266,41 @@ class _Descent:
             count[2] = 0
         if stuck or count[1] >= 2:
             self.judge(stuck, rounding)
-        return StepInfo(
-            float(tensors["outer_loss"]) / self.total, self.spent, self.info.stats, self.info.worst
-        )
+        return self.report()
+
+    def first_order(self) -> StepInfo:
+        """A step of Adam, in standard errors."""
+        tensors, rule = self.tensors, self.rule
+        u, test = tensors["outer"], rule.iterate_test
+        optimiser, slope = self.state.optimisers["first"], tensors["outer_slope"].clone()
+        update(optimiser, [u], [slope], test.rate(tensors, _FIRST, self.state.step))
+        self.choose()
+        if float(tensors["outer_loss"]) < float(tensors["outer_least"]):
+            tensors["outer_least"].copy_(tensors["outer_loss"])
+            tensors["outer_best"].copy_(u.detach())
+        average, arrived = test.add(tensors, u.detach().clone(), 1.0)
+        last = self.state.step + 1 >= rule.steps
+        if average is not None:
+            self.move(average)
+        if (arrived or last) and not float(tensors["outer_loss"]) <= float(tensors["outer_least"]):
+            self.move(tensors["outer_best"])
+        if arrived:
+            self.state.arrived = "the average of the iterates stays where it is"
+        return self.report()
+
+    def move(self, to: Tensor) -> None:
+        with torch.no_grad():
+            self.tensors["outer"].copy_(to)
+        self.choose()
+
+    def choose(self) -> None:
+        """Evaluate where u is, and keep it."""
+        self.keep(*self.at(self.tensors["outer"]))
+        self.state.tensors.update(self.found)
+
+    def report(self) -> StepInfo:
+        loss = float(self.tensors["outer_loss"]) / self.total
+        return StepInfo(loss, self.spent, self.info.stats, self.info.worst)
 
     def at(self, u: Tensor) -> tuple[float, Tensor]:
         """T · loss and its gradient in u."""
@@ -263,7 +311,7 @@ class _Descent:
         outside = flat(self.meta.leaves()) != values  # beyond a bound nothing changes
         found = self.evaluate()
         self.spent += found.info.gradients
-        self.info, self.last = found.info, u.detach().clone()
+        self.info, self.last, self.found = found.info, u.detach().clone(), found.keep
         slope = self.total * flat(found.grads) * tensors["outer_unit"]
         return self.total * found.info.loss, slope.masked_fill(outside, 0.0)
 
@@ -276,6 +324,7 @@ class _Descent:
         u = self.tensors["outer"].detach()
         if self.last is None or not torch.equal(self.last, u):
             self.keep(*self.at(u))
+        self.state.tensors.update(self.found)
 
     def restart(self, values: Tensor | None = None) -> None:
         """Begin anew at these learned values, or where they stand, in units that fit there."""
@@ -288,7 +337,7 @@ class _Descent:
         with torch.no_grad():
             tensors["outer"].zero_()
         self.state.optimisers["quasi"] = _lbfgs(tensors["outer"])
-        self.keep(*self.at(tensors["outer"]))
+        self.choose()
         tensors["outer_count"][1] = 0
 
     def judge(self, stuck: bool, rounding: float) -> None:
@@ -324,10 +373,10 @@ class _Descent:
             self.restart(tensors["outer_centre"] + tensors["outer_unit"] * best)
             count[2] = 0
         elif gain <= max(self.nats, rounding) or not trials:
-            self.keep(*self.at(here))
+            self.choose()
             self.state.arrived = "a Newton step would gain less than the tolerance"
         else:
-            self.keep(*self.at(here))
+            self.choose()
             count[2] += 1
             if count[2] >= 2:
                 count[0] = 1

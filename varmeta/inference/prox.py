@@ -43,6 +43,7 @@ class ProxInfo:
         negative_curvature: `[T]` bool, the solve met a direction of negative curvature: θ* is no
             minimum; False before backward ran.
         gradients: gradient evaluations so far, a Hessian-vector product counted as two.
+        minimum: `[T, D]`, θ* without its derivative.
     """
 
     grad_norm: Tensor
@@ -52,6 +53,7 @@ class ProxInfo:
     residual: Tensor | None
     negative_curvature: Tensor
     gradients: int
+    minimum: Tensor
 
     def stats(self) -> dict[str, Tensor]:
         """The diagnostics by name, `[T]` each, without those that were never computed."""
@@ -78,6 +80,7 @@ class ProxInfo:
             residual=None,
             negative_curvature=torch.zeros_like(minimum.grad_norm, dtype=torch.bool),
             gradients=minimum.gradients,
+            minimum=minimum.theta.detach(),
         )
 
 
@@ -211,6 +214,7 @@ class Unrolled:
             residual=None,
             negative_curvature=torch.zeros_like(norm, dtype=torch.bool),
             gradients=gradients,
+            minimum=path.theta.detach(),
         )
         return path.theta, info
 
