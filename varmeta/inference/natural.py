@@ -5,10 +5,11 @@ weights w_s with Σ w z = 0 and Σ w zzᵀ = I, so that quadratic f_i are averag
 g_s = ∇f(m + Lz_s) the gradients are ∇_m F = Σ w g + Λ(m − θ0) and, in L, tril(Σ w g zᵀ + ΛL − L⁻ᵀ):
 by Stein's identity the mean of the Hessian without a Hessian. A step sets the precision to what
 makes the second vanish, q⁻¹ ← L⁻ᵀ W L⁻¹ with W = LᵀΛL + Σ w (Lᵀg)zᵀ (its lower triangle,
-mirrored), and the mean by a Newton step with it: Newton's method averaged over q (Opper & Archambeau,
-2009, The Variational Gaussian Approximation Revisited; Khan & Rue, 2023, The Bayesian Learning Rule,
-section 4.2), exact in one step for linear-Gaussian tasks. A step is halved until F_i does not rise.
-Where ten steps are not enough, as in tasks of few rows under a wide prior, L-BFGS goes on.
+mirrored), and the mean by a Newton step with it: Newton's method averaged over q (Opper &
+Archambeau, 2009, The Variational Gaussian Approximation Revisited; Khan & Rue, 2023, The Bayesian
+Learning Rule, section 4.2), exact in one step for linear-Gaussian tasks. A step is halved until F_i
+does not rise. Where ten steps are not enough, as in tasks of few rows under a wide prior, L-BFGS
+goes on.
 """
 
 from __future__ import annotations
