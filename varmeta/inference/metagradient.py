@@ -230,7 +230,7 @@ class MetaGradient(Strategy):
                 raise NonFiniteLoss(non_finite_gradient(state.step))
         spent = sum(len(p.tasks) * r.gradients for p, r in zip(parts, reports, strict=True))
         return Evaluated(
-            StepInfo(loss, spent, stats, worst), grads, self.kept(state, batch, reports)
+            StepInfo(loss, spent, stats, worst), grads, self._kept(state, batch, reports)
         )
 
     def _kept(self, state: State, batch: Batch, reports: list[Report]) -> dict[str, Tensor]:
