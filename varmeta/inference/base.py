@@ -170,12 +170,17 @@ class Batch:
     index: Tensor
     total: float
 
+    def take(self, rows: Sequence[int]) -> Batch:
+        """The tasks at these positions of the batch."""
+        index = torch.as_tensor(rows)
+        return Batch(self.tasks.select(index), self.index[index], self.total)
+
     def split(self, size: int | None) -> list[Batch]:
         """Itself in parts of at most `size` tasks, in order."""
         if size is None or size >= len(self.tasks):
             return [self]
         rows = torch.arange(len(self.tasks)).split(size)
-        return [Batch(self.tasks.select(r.tolist()), self.index[r], self.total) for r in rows]
+        return [self.take(r.tolist()) for r in rows]
 
     def require_all(self, name: str) -> None:
         """Raise a ValueError unless these are all training tasks, which strategy `name` needs."""
@@ -231,6 +236,10 @@ class Strategy(ABC):
     def is_tested(self, state: State) -> bool:
         """Whether the run ends by a test of its own, so that ending at the limit says something."""
         return False
+
+    def shortfall(self, state: State) -> str:
+        """Why a run that has not arrived ended, in words; empty: the limit of steps came first."""
+        return ""
 
     def prepare(self, tasks: Tasks | TaskSource, seed: int) -> Tasks | TaskSource:
         """The tasks as this strategy wants to see them; itself, unless it says otherwise."""

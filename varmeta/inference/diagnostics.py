@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -111,6 +111,18 @@ def still_improving(history: pd.DataFrame) -> str:
 def warn_of_limit(name: str, reason: str) -> None:
     """Say that a run was ended by its limit."""
     warnings.warn(f"{name} did not converge: {reason}", NotConverged, stacklevel=3)
+
+
+def warn_of_skipped(name: str, skipped: Tensor, names: Sequence[str]) -> None:
+    """Count and name a stream's tasks that were left out."""
+    some = ", ".join(map(repr, names[:5])) + f" and {len(names) - 5} more" * (len(names) > 5)
+    warnings.warn(
+        f"{name}: {int(skipped[0])} of the stream's {int(skipped[1])} tasks were skipped, since "
+        f"their loss or its gradient was not finite{f': {some}' if names else ''}. Check their "
+        "data, or tighten the model's priors",
+        RuntimeWarning,
+        stacklevel=3,
+    )
 
 
 def _asks_no_reduction(stats: Mapping[str, Tensor]) -> bool:

@@ -30,6 +30,7 @@ from varmeta.inference.diagnostics import (
     warn_of,
     warn_of_collapse,
     warn_of_limit,
+    warn_of_skipped,
 )
 from varmeta.inference.outer import moving
 from varmeta.models.density import Density
@@ -110,7 +111,8 @@ class Fit:
             return ""
         if self.converged:
             return f"{self.state.arrived} (step {self.state.step})"
-        return (
+        shortfall = self._ran.shortfall(self.state)
+        return shortfall or (
             f"the limit of {self.strategy.num_steps} steps came first"
             f"{still_improving(self.history)}; raise steps"
         )
@@ -271,6 +273,9 @@ def fit(
     if path is not None:
         result.save(path)
     warn_of(strategy.name, result.stats)
+    skipped = state.tensors.get("skipped")
+    if skipped is not None and int(skipped[0]):
+        warn_of_skipped(strategy.name, skipped, state.cache.get("skipped", []))
     if result.converged is False:
         warn_of_limit(strategy.name, result.reason)
     warn_of_collapse(strategy.name, prior, result.prior)

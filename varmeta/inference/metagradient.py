@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, Self
 
@@ -67,6 +68,10 @@ class MetaGradient(Strategy):
         learning_rate: of Adam on θ0, log scales and φ, in units of the user's prior; halved
             whenever the iterates are stationary, and in the last quarter of `steps` it falls to 0
             on a cosine.
+        clip: largest norm of the gradient per step with `"adam"`, nats per task and unit of the
+            user's prior; a longer one is shortened to it. None for no limit.
+        skip: share of a stream's tasks that may be left out because their loss or its gradient is
+            not finite; they are counted and named at the end. Tasks that are given must be finite.
         learn_scale: learn the prior's scales from the query loss. Needs a query part.
         folds: training tasks without a query part are cross-validated: each of this many folds of
             a task's rows is the query part once. None: f and g are both all rows, which is only
@@ -84,6 +89,8 @@ class MetaGradient(Strategy):
     optimiser: Literal["auto", "quasi-newton", "adam"] = "auto"
     tolerance: float | None = None
     learning_rate: float = 0.05
+    clip: float | None = None
+    skip: float = 0.05
     learn_scale: bool = True
     folds: int | None = 5
     tasks_at_once: int | None = None
@@ -94,10 +101,12 @@ class MetaGradient(Strategy):
             raise ValueError(
                 f"optimiser must be 'auto', 'quasi-newton' or 'adam', got {self.optimiser!r}"
             )
-        for name in ("steps", "tolerance", "learning_rate", "tasks_at_once", "memory"):
+        for name in ("steps", "tolerance", "learning_rate", "clip", "tasks_at_once", "memory"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if not 0 <= self.skip < 1:
+            raise ValueError(f"skip must lie in [0, 1), got {self.skip}")
         if self.tasks_at_once is not None and self.memory is not None:
             raise ValueError("give tasks_at_once or memory, not both")
 
@@ -188,9 +197,12 @@ class MetaGradient(Strategy):
                 return self.evaluate(density, state, batch, generator.set_state(seed))
 
             return self.quasi_newton.step(state, evaluate, batch.total)
-        found = self.evaluate(density, state, batch, generator)
+        if math.isinf(batch.total):
+            found = self._evaluate_finite(density, state, batch, generator)
+        else:
+            found = self.evaluate(density, state, batch, generator)
         leaves = state.meta.leaves()
-        self.apply(state, leaves, found.grads)
+        self.apply(state, leaves, _clipped(found.grads, self.clip))
         if leaves:
             unit = units(state.meta, batch.total)
             average, arrived = self.iterate_test.add(state.tensors, flat(leaves), unit)
@@ -251,6 +263,34 @@ class MetaGradient(Strategy):
         known = table[batch.index.to(table.device)]
         return torch.where(known.isnan(), state.meta.fixed()[0].loc, known)
 
+    def _evaluate_finite(
+        self, density: Density, state: State, batch: Batch, generator: torch.Generator
+    ) -> Evaluated:
+        """`evaluate` without those tasks of a stream's batch for which it is not finite."""
+        seed = generator.get_state()
+
+        def evaluate(index: list[int]) -> Evaluated:
+            part = batch if len(index) == count else batch.take(index)
+            return self.evaluate(density, state, part, generator.set_state(seed))
+
+        count = len(batch.tasks)
+        skipped = state.tensors.setdefault("skipped", torch.zeros(2, dtype=torch.long))
+        try:
+            found, bad = evaluate(list(range(count))), list[int]()
+        except NonFiniteLoss as error:
+            bad = [i for i in range(count) if not _is_finite(evaluate, i)]
+            gone, seen = int(skipped[0]) + len(bad), int(skipped[1]) + count
+            allowed = max(self.skip * seen, 1.0 if self.skip > 0 else 0.0)
+            if not bad or len(bad) == count or gone > allowed:
+                raise NonFiniteLoss(
+                    f"{error}. {gone} of the stream's first {seen} tasks are not finite; skip "
+                    f"allows {self.skip:.0%}"
+                ) from error
+            found = evaluate([i for i in range(count) if i not in bad])
+            state.cache.setdefault("skipped", []).extend(batch.tasks.names[i] for i in bad)
+        skipped += torch.tensor([len(bad), count])
+        return found
+
     def rows_inside(self, tasks: Tasks) -> Tasks:
         """The rows that a task is adapted to while the prior is learned: its support part."""
         return tasks.support
@@ -296,6 +336,24 @@ def _grad(total: Tensor, leaves: list[Tensor]) -> list[Tensor]:
     if not total.requires_grad:
         return [torch.zeros_like(t) for t in leaves]
     return list(torch.autograd.grad(total, leaves, materialize_grads=True))
+
+
+def _is_finite(evaluate: Callable[[list[int]], Evaluated], task: int) -> bool:
+    """Whether this task alone has a finite loss and gradient."""
+    try:
+        evaluate([task])
+    except NonFiniteLoss:
+        return False
+    return True
+
+
+def _clipped(grads: list[Tensor], most: float | None) -> list[Tensor]:
+    """The gradient, shortened to this norm if it is longer."""
+    if most is None or not grads:
+        return grads
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
+    share = (most / norm).clamp(max=1.0)
+    return [share * g for g in grads]
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -69,6 +69,15 @@ class PyroNUTS(Strategy):
         """Transitions of all chains, warm-up included."""
         return self.chains * (self.warmup + self.draws)
 
+    def is_tested(self, state: State) -> bool:
+        """By R-hat, where there are chains and draws enough for it."""
+        return self.chains > 1 and self.draws >= _JUDGED
+
+    def shortfall(self, state: State) -> str:
+        """The R-hat that is too large."""
+        worst = float(state.tensors["rhat"])
+        return "" if worst <= _MIXED else f"the chains disagree: worst R-hat {worst:.3f}"
+
     def prepare(self, tasks: Tasks | TaskSource, seed: int) -> Tasks:
         """All rows of the tasks; a stream has no end to condition on."""
         if isinstance(tasks, TaskSource):
@@ -92,6 +101,7 @@ class PyroNUTS(Strategy):
             "log_scale": like.new_zeros(total, len(prior.log_scale)),
             "shared": like.new_zeros(total, density.shared_dim),
             "diverging": torch.zeros(total, dtype=torch.bool, device=like.device),
+            "rhat": torch.tensor(torch.nan, dtype=torch.float64),
         }
         return State(meta, tensors=tensors)
 
@@ -311,13 +321,18 @@ class PyroNUTS(Strategy):
                 stacklevel=3,
             )
         if self.chains > 1 and self.draws >= _JUDGED:
-            self._check_mixing(torch.cat([kept["loc"], kept["log_scale"], kept["shared"]], -1))
+            self._check_mixing(
+                state, torch.cat([kept["loc"], kept["log_scale"], kept["shared"]], -1)
+            )
 
-    def _check_mixing(self, draws: Tensor) -> None:
+    def _check_mixing(self, state: State, draws: Tensor) -> None:
         """Warn if the chains `[chains · draws, n]` disagree about θ0, a scale or φ."""
         by_chain = draws.unflatten(0, (self.chains, self.draws))
         worst = float(split_gelman_rubin(by_chain, 0, 1).nan_to_num(1.0).max())
-        if worst > _MIXED:
+        state.tensors["rhat"].fill_(worst)
+        if worst <= _MIXED:
+            state.arrived = f"the chains agree: worst R-hat {worst:.3f}"
+        else:
             warnings.warn(
                 f"the NUTS chains disagree about θ0, the scales or φ: worst R-hat {worst:.3f}, "
                 f"wanted at most {_MIXED}. Its means and widths are as uncertain as that; raise "

@@ -55,6 +55,14 @@ class CompletePooling(Strategy):
         """1: the whole problem is solved in one step."""
         return 1
 
+    def is_tested(self, state: State) -> bool:
+        """By the minimiser's own tolerance."""
+        return True
+
+    def shortfall(self, state: State) -> str:
+        """Why a run that has not arrived ended."""
+        return "the minimiser did not reach its tolerance; raise its max_iterations"
+
     def prepare(self, tasks: Tasks | TaskSource, seed: int) -> Tasks:
         """All rows of the tasks; a stream has no end to pool over."""
         if isinstance(tasks, TaskSource):
@@ -109,6 +117,8 @@ class CompletePooling(Strategy):
             meta.raw["loc"].copy_(minimum.theta[0, :dim])
             meta.raw["shared"].copy_(minimum.theta[0, dim:])
             meta.raw["log_scale"].fill_(-torch.inf)  # tasks do not differ: Σ = 0
+        if minimum.converged is not None and bool(minimum.converged.all()):
+            state.arrived = "the one problem is solved to its tolerance"
         loss = float(fit.sum() + rest) / len(batch.tasks)
         count = len(batch.tasks) * (minimum.gradients + 2 * len(origin))
         every = {"grad_norm": minimum.grad_norm}

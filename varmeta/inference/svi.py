@@ -38,6 +38,7 @@ from varmeta.inference.base import (
     non_finite_gradient,
     update,
 )
+from varmeta.inference.outer import NOISY, IterateTest, flat
 from varmeta.inference.svi_model import global_sites, model_in_units
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
@@ -47,6 +48,7 @@ from varmeta.seeds import global_rng
 from varmeta.tasks import Tasks, TaskSource
 
 Guide = Callable[..., Any]
+_UNIT = 0.5  # prior standard deviations, to which the tolerance of the guide's parameters refers
 
 
 @dataclass(frozen=True, repr=False)
@@ -76,8 +78,12 @@ class PyroSVI(Strategy):
             other strategies, over scales and φ themselves), and the guide is for the θ_i.
         centred: θ_i itself is a site, and not z_i. Better where tasks have much data each; with few
             rows a task, scales and θ_i then depend on each other and diagonal guides suffer.
-        steps: optimiser steps on the training tasks.
-        learning_rate: of Adam; decays to 0 on a cosine.
+        steps: optimiser steps on the training tasks at most; a run ends before where its iterates
+            have come to rest, at their average.
+        tolerance: how far the guide's parameters may be from where they lead, in halves of the
+            prior's standard deviations.
+        learning_rate: of Adam; halved where the iterates are stationary, and in the last quarter of
+            `steps` it falls to 0 on a cosine.
         samples: draws of the guide per step.
         adapt_steps: optimiser steps for the guide of new tasks.
         draws: of the guide, kept in a posterior.
@@ -95,6 +101,7 @@ class PyroSVI(Strategy):
     point_globals: bool = False
     centred: bool = False
     steps: int = 2000
+    tolerance: float = NOISY
     learning_rate: float = 0.03
     samples: int = 1
     adapt_steps: int = 500
@@ -107,6 +114,9 @@ class PyroSVI(Strategy):
                 "guide must be an autoguide's class or a function from a model to a guide, got "
                 f"{self.guide!r}"
             )
+        for name in ("steps", "tolerance", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         for name, least in (("samples", 1), ("draws", 2)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -147,15 +157,32 @@ class PyroSVI(Strategy):
                 make its draws at once where it should.
         """
         assert isinstance(tasks, Tasks)
-        return self._state(Meta.start(density, prior), tasks, {}, generator)
+        state = self._state(Meta.start(density, prior), tasks, {}, generator)
+        state.tensors |= self._test.begin(flat(_guide(state)))
+        return state
+
+    def is_tested(self, state: State) -> bool:
+        """Always: see `outer.IterateTest`."""
+        return True
 
     def step(
         self, density: Density, state: State, batch: Batch, generator: torch.Generator
     ) -> StepInfo:
         """One gradient step on the guide; the last one writes θ0, scales and φ down in `meta`."""
         batch.require_all("PyroSVI")
-        loss = self._descend(density, state, batch.tasks, generator, self.steps)
-        if state.step + 1 == self.num_steps:
+        rate = self._test.rate(state.tensors, self.learning_rate, state.step)
+        loss = self._descend(density, state, batch.tasks, generator, rate)
+        leaves = _guide(state)
+        average, arrived = self._test.add(state.tensors, flat(leaves), _UNIT)
+        if average is not None:
+            with torch.no_grad():
+                for leaf, part in zip(
+                    leaves, average.split([t.numel() for t in leaves]), strict=True
+                ):
+                    leaf.copy_(part.reshape(leaf.shape))
+        if arrived:
+            state.arrived = "the average of the guide's parameters stays where it is"
+        if arrived or state.step + 1 == self.num_steps:
             for name, value in self._means(state, generator).raw.items():
                 state.meta.raw[name].detach().copy_(value)
         return StepInfo(loss, self.samples * len(batch.tasks))
@@ -164,11 +191,12 @@ class PyroSVI(Strategy):
         self, density: Density, state: State, tasks: Tasks, generator: torch.Generator
     ) -> TaskPosterior:
         """A fresh guide over θ_i, with θ0, scales and φ fixed at their means (or points)."""
-        running = 0 < state.step < self.num_steps  # `meta` is written at the end
+        running = 0 < state.step < self.num_steps and not state.arrived  # `meta` comes at the end
         meta = self._means(state, generator) if running else state.meta
         fresh = self._state(meta, tasks, global_sites(meta), generator)
         for _ in range(self.adapt_steps):
-            self._descend(density, fresh, tasks, generator, self.adapt_steps)
+            rate = decayed(self.learning_rate, fresh.step, self.adapt_steps)
+            self._descend(density, fresh, tasks, generator, rate)
             fresh.step += 1
         return self.posterior(density, fresh, tasks, generator)
 
@@ -181,6 +209,10 @@ class PyroSVI(Strategy):
         return Draws(density, tasks.names, shared[:, None].expand(-1, len(tasks), -1), theta)
 
     # -- private ----------------------------------------------------------------------------------
+
+    @property
+    def _test(self) -> IterateTest:
+        return IterateTest(self.tolerance, self.steps)
 
     def _state(
         self, meta: Meta, tasks: Tasks, fixed: dict[str, Tensor], generator: torch.Generator
@@ -247,7 +279,7 @@ class PyroSVI(Strategy):
             )
 
     def _descend(
-        self, density: Density, state: State, tasks: Tasks, generator: torch.Generator, steps: int
+        self, density: Density, state: State, tasks: Tasks, generator: torch.Generator, rate: float
     ) -> float:
         """One step on the guide; the loss before it, nats per task."""
         model, guide, store = (state.cache[name] for name in ("model", "guide", "store"))
@@ -256,7 +288,7 @@ class PyroSVI(Strategy):
             max_plate_nesting=1,
             vectorize_particles=state.cache["at_once"],
         )
-        leaves = [*state.tensors.values()]
+        leaves = _guide(state)
         noise = generator.get_state()
         with _pyro(store, generator), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Encountered NaN")  # said below, with the task's name
@@ -276,7 +308,6 @@ class PyroSVI(Strategy):
             )
         if not all(bool(g.isfinite().all()) for g in grads):
             raise NonFiniteLoss(non_finite_gradient(state.step))
-        rate = decayed(self.learning_rate, state.step, steps)
         update(state.optimisers["guide"], leaves, grads, rate)
         return float(loss.detach())
 
@@ -305,6 +336,11 @@ class PyroSVI(Strategy):
         _, raw = self._draw(state, 1 if self.point_globals else self.draws, generator)
         means = {name: value.mean(0) for name, value in raw.items()}
         return Meta(state.meta.origin, state.meta.density, means)
+
+
+def _guide(state: State) -> list[Tensor]:
+    """The guide's parameters, which are learned."""
+    return [t for name, t in state.tensors.items() if name.startswith("guide ")]
 
 
 @contextmanager
