@@ -28,9 +28,11 @@ from varmeta import (
     Strategy,
     Tasks,
 )
-from varmeta.comparison import Comparison, Outcome
+from varmeta.comparison import Comparison
 from varmeta.posterior import Delta, Draws, Gaussian, TaskPosterior
-from varmeta.report import forest, scores, shrinkage, training_curves, write_figures
+from varmeta.report import forest, scores, shrinkage, training_curves
+from varmeta.report_write import write_figures
+from varmeta.scores import Outcome
 from varmeta.seeds import generator
 
 F64 = torch.float64
