@@ -17,7 +17,7 @@ from pyro.poutine.runtime import _DIM_ALLOCATOR
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
-from varmeta.models.laws import law_parameters, law_with
+from varmeta.models.laws import law_in
 from varmeta.seeds import generator, global_rng
 
 Model = Callable[..., Any]
@@ -319,20 +319,12 @@ def _location_and_scale(fn: Any, transform: Any, value: Tensor) -> tuple[Tensor,
                 return mean.detach(), sd.detach()
     for dtype in (torch.float32, torch.float64):  # whatever the default is
         with global_rng(generator(0)):
-            draws = transform.inv(_in(dtype, fn).sample((_PRIOR_DRAWS,))).sort(dim=0).values
+            draws = transform.inv(law_in(dtype, fn).sample((_PRIOR_DRAWS,))).sort(dim=0).values
         low, mid, high = draws[[round(q * (_PRIOR_DRAWS - 1)) for q in (0.1587, 0.5, 0.8413)]]
         width = high - low
         if bool((width > _COARSE * mid.abs()).all() and width.isfinite().all()):
             break
     return mid, 0.5 * width
-
-
-def _in(dtype: torch.dtype, fn: Any) -> Any:
-    """The same prior with parameters, and so draws, of this data type."""
-    try:
-        return law_with(fn, iter([value.to(dtype) for value in law_parameters(fn)]))
-    except (ValueError, TypeError, NotImplementedError):  # a law of laws: as it was written
-        return fn
 
 
 def _is_plate(node: Any) -> bool:
