@@ -160,7 +160,7 @@ def training_curves(comparison: Comparison) -> Figure | None:
     if not fits:
         return None
     handles = [legend_line("each step", lw=0.8, alpha=0.5), legend_line("running median", lw=1.8)]
-    ends = {name: getattr(fit, "converged", None) for name, fit in fits.items()}
+    ends = {name: fit.converged for name, fit in fits.items()}
     for converged, label in ((True, "converged"), (False, "stopped at its limit of steps")):
         if converged in ends.values():
             face = MUTED if converged else "white"

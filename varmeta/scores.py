@@ -86,8 +86,8 @@ def score(outcome: Outcome, which: str, tasks: Tasks, draws: int, seed: int) -> 
         "seconds": fit.seconds,
         "adapt_seconds": outcome.adapt_seconds,
         "gradients": fit.gradients,
-        "converged": getattr(fit, "converged", None),
-        "reason": getattr(fit, "reason", ""),
+        "converged": fit.converged,
+        "reason": fit.reason,
     }
     if which == KNOWN and outcome.gap is not None:
         row["gap"] = float(outcome.gap.mean())
