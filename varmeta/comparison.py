@@ -97,7 +97,8 @@ class Comparison:
 
     def only(self, names: Iterable[str]) -> Comparison:
         """The same comparison with the outcomes of these strategies alone; scores stay as is."""
-        kept = {name: o for name, o in self.outcomes.items() if name in set(names)}
+        wanted = set(names)
+        kept = {name: o for name, o in self.outcomes.items() if name in wanted}
         return replace(
             self,
             outcomes=kept,

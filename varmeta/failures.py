@@ -21,6 +21,7 @@ _LIBRARIES = tuple(
     | {str(Path(torch.__file__).parent.parent)}  # where an environment's base has its packages
 )
 _MEMORY = re.compile("not enough memory|allocate memory|out of memory", re.IGNORECASE)
+_WANTED = re.compile(r"tried to allocate [\d.,]+ ?\w+", re.IGNORECASE)
 _LONGEST = 200  # characters of a phrase
 
 
@@ -90,11 +91,10 @@ class Failures:
 
 def phrase(error: BaseException) -> str:
     """Why, in one phrase: the kind of the error, its first sentence, and the user's own line."""
-    text = _first_sentence(message(error))
-    place = own_line(error)
-    if isinstance(error, MemoryError) or _MEMORY.search(text):
-        text = f"out of memory: {text}" if text and "out of memory" not in text.lower() else text
-        text = text or "out of memory"
+    text, place = _first_sentence(message(error)), own_line(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _MEMORY.search(message(error)):
+        wanted = _WANTED.search(message(error))
+        text = "out of memory" + (f" ({wanted[0].lower()})" if wanted else "")
     elif isinstance(error, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
         text = f"linear algebra: {text}"
     elif not _said_by_us(error):

@@ -160,7 +160,7 @@ def described(part: Any) -> str:
         value, default = getattr(part, f.name), f.default
         if f.default_factory is not dataclasses.MISSING:
             default = f.default_factory()
-        if f.init and (f.name == "steps" or value != default):
+        if f.init and (f.name == "steps" or repr(value) != repr(default)):
             shown.append(f"{f.name}={described(value)}")
     return f"{type(part).__name__}({', '.join(shown)})"
 
