@@ -214,13 +214,12 @@ def _say_failed(result: Comparison, folder: Path, debug: bool) -> None:
     if debug:
         for text in result.tracebacks.values():
             _say(console, text)
-    every = not result.outcomes
-    count = f"All {len(result.failures)}" if every else f"{len(result.failures)}"
-    names = ", ".join(result.failures)
+    total = result.table["strategy"].nunique()
+    count = f"{len(result.failures)} of {total}" if len(result.failures) < total else "All"
     _say(
         console,
-        f"{count} strategies failed: {names}. Their tracebacks are in {folder / 'failures'}/; the "
-        "same command tries them again, and them alone.",
+        f"{count} strategies failed: {', '.join(result.failures)}. Their tracebacks are in "
+        f"{folder / 'failures'}/; the same command tries them again, and them alone.",
     )
 
 
@@ -277,7 +276,10 @@ def load_model(path: Path, name: str) -> Model:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SystemExit:
+        raise ValueError(f"{path} ended the program when it was loaded (SystemExit)") from None
     found = getattr(module, name, None)
     if not callable(found):
         own = [

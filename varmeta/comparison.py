@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
+from traceback import walk_tb
 
 import pandas as pd
 import torch
@@ -204,16 +205,22 @@ def _learn(
 
     if checkpoint is not None and checkpoint.exists():
         reached(torch.load(checkpoint, weights_only=True, mmap=True)["state"]["step"], None)
-    result = fit(
-        strategy,
-        density,
-        train.support,
-        prior=prior,
-        seed=seed,
-        checkpoint=checkpoint,
-        progress=progress,
-        on_step=reached,
-    )
+    try:
+        result = fit(
+            strategy,
+            density,
+            train.support,
+            prior=prior,
+            seed=seed,
+            checkpoint=checkpoint,
+            progress=progress,
+            on_step=reached,
+        )
+    except Exception as error:
+        frames = walk_tb(error.__traceback__)
+        if not attempt.where and any(f.f_code is type(strategy).step.__code__ for f, _ in frames):
+            reached(0, None)
+        raise
     start = time.perf_counter()
     attempt.where = "posterior of the training tasks"
     known = result.posterior()
