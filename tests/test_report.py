@@ -83,8 +83,8 @@ def make(count: int = 12, new: int = 3, strategies: list[Strategy] | None = None
     train, fresh = tasks(count, "known"), tasks(new, "fresh") if new else None
     density = Density(model, train)
     outcomes, rows = {}, []
-    for k, strategy in enumerate(strategies or STRATEGIES):
-        prior = GaussianPrior.from_density(density)
+    for k, given in enumerate(strategies or STRATEGIES):
+        strategy, prior = given.settled(density, whole=True), GaussianPrior.from_density(density)
         state = strategy.init(density, prior, train, generator(k))
         if not isinstance(strategy, NoPooling):
             with torch.no_grad():
