@@ -54,7 +54,6 @@ def run(*arguments: str) -> tuple[int, str]:
     return result.exit_code, re.sub(r"\s+", " ", result.output)
 
 
-@pytest.mark.filterwarnings("ignore:.*the scale of 'slope' fell:RuntimeWarning")
 def test_own_model_and_data(workplace: Path) -> None:
     command = ["my_model.py:county", "--data", "radon.csv", *COLUMNS, "--shared", "noise"]
     command += ["--strategies", "complete-pooling,imaml", "--hold-out", "3", "--out", "out"]

@@ -184,6 +184,7 @@ def _in_plain_words(debug: bool) -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.showwarning = warn  # type: ignore[assignment]
+        warnings.filterwarnings("always", category=RuntimeWarning, module="varmeta")  # ours
         try:
             yield
         except typer.Exit:
