@@ -28,6 +28,7 @@ from varmeta import (
     Density,
     GaussianPrior,
     JointVariational,
+    PyroNUTS,
     Tasks,
     compare,
 )
@@ -280,6 +281,18 @@ def test_all_fail(tmp_path: Path) -> None:
     assert result.shrinkage().empty
     files = {path.name for path in (tmp_path / "run").iterdir() if path.is_file()}
     assert files == {"run.json", "table.csv"}
+
+
+def test_without_the_reference_nothing_is_measured_against_it() -> None:
+    @dataclass(frozen=True)
+    class Broken(PyroNUTS):
+        def step(self, *_: Any) -> Any:
+            raise RuntimeError("no start found")
+
+    result = compare({"nuts": Broken(), "well": Ill(label="well")}, DENSITY, TRAIN, draws=20)
+    assert result.reference is None and list(result.failures) == ["nuts"]
+    assert result.table[["mean_shift", "sd_ratio"]].isna().all(axis=None)
+    assert "reference" not in str(result)
 
 
 @pytest.mark.usefixtures("no_pictures")

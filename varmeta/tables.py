@@ -52,7 +52,7 @@ def rich_table(table: pd.DataFrame, which: str) -> RenderableType:
     if len(failed):
         body.append(_failed(failed, width))
     if len(scored):
-        body += [*[""] * bool(len(failed)), Text(_CAPTION, style="dim italic")]
+        body.append(Text("\n" * (len(failed) > 0) + _CAPTION, style="dim italic"))
     return Group(*body, "")
 
 
