@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import re
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
 import varmeta.cli as cli
+import varmeta.settings as settings
+from varmeta import CompletePooling
 from varmeta.data import load
 
 MODEL = """
-import pyro, pyro.distributions as dist
+import pyro, pyro.distributions as dist, torch
 
 def county(x, y=None):
     a = pyro.sample("intercept", dist.Normal(0.0, 5.0))
@@ -24,6 +29,12 @@ def county(x, y=None):
 
 def broken(x, y=None):
     pyro.sample("a", dist.Normal(0.0, 1.0))
+
+def misfit(x, y=None):
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    mean = a + x @ torch.ones(7, dtype=x.dtype)
+    with pyro.plate("homes", x.shape[-2]):
+        return pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
 """
 COLUMNS = ["--task", "county", "--inputs", "floor,log_uranium", "--target", "log_radon"]
 
@@ -67,13 +78,16 @@ def test_shipped_problem_without_held_out_rows(workplace: Path) -> None:
     [
         (["radom"], ["no shipped problem 'radom'", "eight_schools, radon, sleepstudy"]),
         (["radon", "--strategies", "imaml,magic"], ["no strategy 'magic'", "imaml, maml"]),
+        (["radon", "--set", "joint.q=round"], ["--set joint.q=round", "'diagonal'"]),
+        (["radon", "--strategies", "complete-pooling", "--steps", "3"], ["--steps fits none"]),
+        (["radon", "--config", "no.toml"], ["--config: no file 'no.toml'"]),
         (["radon", "--target", "x"], ["--target goes with a model of your own"]),
         (["my_model.py:county"], ["--data is missing"]),
         (["my_model.py:county", "--data", "no.csv", *COLUMNS], ["--data: no file 'no.csv'"]),
         (["none.py:county", "--data", "radon.csv", *COLUMNS], ["no file 'none.py'"]),
         (
             ["my_model.py:town", "--data", "radon.csv", *COLUMNS],
-            ["no model 'town'", "county, broken"],
+            ["no model 'town'", "county, broken, misfit"],
         ),
         (["my_model.py:broken", "--data", "radon.csv", *COLUMNS], ["no observed site", "obs=y"]),
         (
@@ -101,6 +115,118 @@ def test_bad_input(workplace: Path, arguments: list[str], pieces: list[str]) -> 
     for piece in pieces:
         assert piece in output
     assert not Path("runs").exists()
+
+
+@dataclass(frozen=True)
+class Ill(CompletePooling):
+    """Fails in its only step, unless it is told that all is well."""
+
+    well: bool = False
+
+    def step(self, *arguments: Any) -> Any:
+        if not self.well and not Path("medicine").exists():
+            raise RuntimeError("a pain in [/bold] places. Lie down")
+        return super().step(*arguments)
+
+
+@pytest.fixture
+def ill(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(settings.STRATEGIES, "ill", Ill)
+
+
+@pytest.mark.usefixtures("ill")
+def test_a_strategy_that_fails_is_a_row_and_exit_status_1(workplace: Path) -> None:
+    command = ["eight_schools", "--strategies", "ill,complete-pooling", "--out", "out"]
+    code, output = run(*command)
+    assert code == 1, output
+    assert "Ill failed: step 0: RuntimeError: a pain in [/bold] places" in output
+    assert "1 of 2 strategies failed: Ill." in output and "out/failures/" in output
+    assert "Traceback" not in output and "Files in out/: CompletePooling.nc" in output
+    assert "Traceback" in Path("out/failures/Ill.txt").read_text()
+    assert pd.read_csv("out/table.csv")["failed"].notna().tolist() == [True, False]
+    code, output = run(*command, "--debug")
+    assert code == 1 and "Traceback" in output
+    Path("medicine").touch()
+    code, output = run(*command)
+    assert code == 0 and "failed" not in output and not Path("out/failures").exists()
+    code, output = run(*command)
+    assert code == 2 and "finished run" in output
+
+
+@pytest.mark.usefixtures("ill")
+def test_all_strategies_fail(workplace: Path) -> None:
+    code, output = run("eight_schools", "--strategies", "ill", "--out", "out")
+    assert code == 1 and "All strategies failed: Ill." in output
+    assert Path("out/table.csv").exists()
+
+
+@pytest.mark.usefixtures("ill")
+def test_settings_reach_the_strategies_and_are_printed(workplace: Path) -> None:
+    Path("my.toml").write_text(
+        "['[/x]']\nstrategy = 'ill'\nwell = true\n[complete-pooling]\ndraws = 30\n"
+    )
+    command = ["eight_schools", "--strategies", "ill,complete-pooling", "--out", "out"]
+    code, output = run(*command, "--config", "my.toml", "--set", "ill.well=True")
+    assert code == 0, output
+    for line in ("ill: Ill(well=True)", "[/x]: Ill(well=True)", "CompletePooling(draws=30)"):
+        assert line in output
+    assert pd.read_csv("out/table.csv")["strategy"].tolist() == ["ill", "CompletePooling", "[/x]"]
+
+
+def test_an_error_of_the_user_is_shown_with_the_line(workplace: Path) -> None:
+    number = 1 + MODEL[: MODEL.index("    mean = a + x @")].count("\n")
+    for data in (["--data", "radon.csv"], ["--data", "radon.csv", "--debug"]):
+        code, output = run("my_model.py:misfit", *data, *COLUMNS)
+        assert code == 2 and "RuntimeError: size mismatch" in output
+        assert (
+            f"(my_model.py, line {number}: mean = a + x @ torch.ones(7, dtype=x.dtype))" in output
+        )
+        assert ("Traceback" in output) == ("--debug" in data)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("x = 1\nraise KeyError('[/x]')\n", "KeyError: '[/x]' (bad.py, line 2: raise KeyError"),
+        ("def county(x, y=None)\n", "SyntaxError: expected ':' (bad.py, line 1: def county("),
+        ("import nowhere_to_be_found\n", "No module named 'nowhere_to_be_found' (bad.py, line 1"),
+        ("import sys\nsys.exit(0)\n", "bad.py ended the program when it was loaded"),
+    ],
+)
+def test_a_model_file_that_cannot_be_read(workplace: Path, text: str, said: str) -> None:
+    Path("bad.py").write_text(text)
+    code, output = run("bad.py:county", "--data", "radon.csv", *COLUMNS)
+    assert (
+        code == 2 and said in output and "Traceback" not in output and "site-packages" not in output
+    )
+
+
+def test_what_nobody_expected(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def surprise(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("[/x] by zero")
+
+    monkeypatch.setattr(cli, "run_comparison", surprise)
+    monkeypatch.setattr("varmeta.failures.own_line", lambda error: None)
+    monkeypatch.setattr(cli, "own_line", lambda error: None)
+    code, output = run("eight_schools")
+    assert code == 2 and "Error: ZeroDivisionError: [/x] by zero" in output
+    assert "Run again with --debug for the traceback." in output and "Traceback" not in output
+    code, output = run("eight_schools", "--debug")
+    assert code == 2 and "Traceback" in output
+
+
+def test_warnings_are_sentences(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def warned(*_: object, **__: object) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            warnings.warn("[/x] looks odd", RuntimeWarning, stacklevel=1)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(cli, "run_comparison", warned)
+    shown = warnings.showwarning
+    code, output = run("eight_schools")
+    assert code == 2 and "Warning: [/x] looks odd" in output and "RuntimeWarning" not in output
+    assert warnings.showwarning is shown
 
 
 def test_interrupt_says_how_to_go_on(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,9 +26,9 @@ from varmeta import (
     compare,
     evidence,
 )
-from varmeta.comparison import _per_row
 from varmeta.inference.reachability import reachability_gap
 from varmeta.runs import RunFolder
+from varmeta.scores import _per_row
 from varmeta.seeds import generator
 
 F64 = torch.float64
@@ -70,7 +70,7 @@ def test_table_and_outcomes(tmp_path: Path) -> None:
     table = result.table
     assert list(table["set"].unique()) == ["known tasks", "new tasks"]
     assert len(table) == 2 * 5
-    assert table.drop(columns=["pareto_k", "gap"]).notna().all(axis=None)
+    assert table.drop(columns=["pareto_k", "gap", "converged"]).notna().all(axis=None)
     for row in table.to_dict("records"):
         outcome = result.outcomes[row["strategy"]]
         known = row["set"] == "known tasks"

@@ -28,9 +28,11 @@ from varmeta import (
     Strategy,
     Tasks,
 )
-from varmeta.comparison import Comparison, Outcome
+from varmeta.comparison import Comparison
 from varmeta.posterior import Delta, Draws, Gaussian, TaskPosterior
-from varmeta.report import forest, scores, shrinkage, training_curves, write_figures
+from varmeta.report import forest, scores, shrinkage, training_curves
+from varmeta.report_write import write_figures
+from varmeta.scores import Outcome
 from varmeta.seeds import generator
 
 F64 = torch.float64
@@ -81,8 +83,8 @@ def make(count: int = 12, new: int = 3, strategies: list[Strategy] | None = None
     train, fresh = tasks(count, "known"), tasks(new, "fresh") if new else None
     density = Density(model, train)
     outcomes, rows = {}, []
-    for k, strategy in enumerate(strategies or STRATEGIES):
-        prior = GaussianPrior.from_density(density)
+    for k, given in enumerate(strategies or STRATEGIES):
+        strategy, prior = given.settled(density, whole=True), GaussianPrior.from_density(density)
         state = strategy.init(density, prior, train, generator(k))
         if not isinstance(strategy, NoPooling):
             with torch.no_grad():

@@ -44,8 +44,8 @@ from varmeta.inference import fit as fit_module
 from varmeta.inference import nuts
 from varmeta.models.modules import Modules
 from varmeta.posterior import Delta, Draws
-from varmeta.report import write_figures
 from varmeta.report_modules import module_comparison, plot_scales, plot_shrinkage
+from varmeta.report_write import write_figures
 
 PROBLEM = LinearGaussian.random(0)  # three coordinates: two of them are one module
 CASE = case_of(PROBLEM)

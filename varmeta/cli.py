@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -12,50 +15,17 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import track
+from rich.text import Text
 
 from varmeta import __version__
+from varmeta.comparison import Comparison
 from varmeta.comparison import compare as run_comparison
-from varmeta.inference.abml import ABML
-from varmeta.inference.amortised import AmortisedVariational, LaplaceEvidence
+from varmeta.failures import expected, explain, own_line
 from varmeta.inference.base import Strategy
-from varmeta.inference.estimators import Score
-from varmeta.inference.imaml import IMAML
-from varmeta.inference.joint import JointVariational
-from varmeta.inference.maml import FOMAML, MAML, MetaSGD, Reptile
-from varmeta.inference.nuts import PyroNUTS
-from varmeta.inference.pooling import CompletePooling, NoPooling
-from varmeta.inference.resets import Reset
-from varmeta.inference.sigma import SigmaIMAML, SigmaMAML, SigmaReptile
-from varmeta.inference.stochastic import Stochastic
-from varmeta.inference.svi import PyroSVI
 from varmeta.models.sites import Model
 from varmeta.problems import PROBLEMS, Problem
+from varmeta.settings import DEFAULT, STRATEGIES, choose, described, table_names
 from varmeta.tasks import Tasks
-
-STRATEGIES: dict[str, Callable[[], Strategy]] = {
-    "imaml": IMAML,
-    "maml": MAML,
-    "fomaml": FOMAML,
-    "meta-sgd": MetaSGD,
-    "reptile": Reptile,
-    "sigma-imaml": SigmaIMAML,
-    "sigma-maml": SigmaMAML,
-    "sigma-reptile": SigmaReptile,
-    "amortised": AmortisedVariational,
-    "laplace-evidence": LaplaceEvidence,
-    "abml": ABML,
-    "joint": JointVariational,
-    "joint-reset": lambda: JointVariational(resets=Reset(250)),
-    "joint-delta": lambda: JointVariational(q="delta"),
-    "joint-full": lambda: JointVariational(q="full"),
-    "stochastic": Stochastic,
-    "stochastic-score": lambda: Stochastic(estimator=Score(), particles=8),
-    "nuts": PyroNUTS,
-    "svi": PyroSVI,
-    "no-pooling": NoPooling,
-    "complete-pooling": CompletePooling,
-}
-_DEFAULT = "imaml,joint,stochastic,nuts,no-pooling,complete-pooling"
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -104,16 +74,51 @@ def compare(
         int | None, typer.Option(help="Whole tasks to hold out; default a sixth of them.")
     ] = None,
     strategies: Annotated[
-        str, typer.Option(help=f"By commas, of: {', '.join(STRATEGIES)}.")
-    ] = _DEFAULT,
+        str, typer.Option(help=f"By commas, of: {', '.join(STRATEGIES)}; or of tables of --config.")
+    ] = DEFAULT,
+    steps: Annotated[
+        int | None, typer.Option(help="Upper limit of steps, of every strategy that takes steps.")
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Where learning ends, of every strategy that tests its convergence."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="NAME.FIELD=VALUE",
+            help="A setting of a strategy, such as joint.q=full, "
+            "imaml.minimiser.max_iterations=100 or 'joint-reset.resets=Reset(100)'. Repeatable.",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="TOML file of settings, a table for each strategy. A table with a name of its own "
+            "and, say, strategy = 'joint' is one more strategy of this run."
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Output folder; default runs/NAME.")] = None,
     seed: Annotated[int, typer.Option(help="Of the splits and of every strategy.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace the run in the output folder.")] = False,
+    debug: Annotated[bool, typer.Option(help="Show the traceback of what fails.")] = False,
 ) -> None:
-    """Fit every strategy to the same tasks, score them on held-out rows, draw the pictures."""
+    """Fit every strategy to the same tasks, score them on held-out rows, draw the pictures.
+
+    Exit status: 0 if all went well; 1 if a strategy failed (the table says why, the tracebacks are
+    in the output folder's failures/, and the same command tries those strategies again); 2 if
+    nothing could be compared; 130 after Ctrl-C.
+    """
     console = Console()
-    try:
-        chosen = [_strategy(name.strip()) for name in _split(strategies)]
+    with _in_plain_words(debug):
+        chosen = choose(
+            _split(strategies),
+            steps=steps,
+            tolerance=tolerance,
+            settings=settings or (),
+            config=config,
+        )
         if problem in PROBLEMS:
             given = {"--data": data, "--task": task, "--inputs": inputs, "--target": target}
             extra = [name for name, value in given.items() if value]
@@ -125,9 +130,11 @@ def compare(
                 problem, data, task, inputs, target, shared, query, hold_out, seed
             )
         folder = out or Path("runs") / label
-        console.print(f"{case.train}" + (f" and {case.new} never seen" if case.new else ""))
+        _say(console, f"{case.train}" + (f" and {case.new} never seen" if case.new else ""))
+        for name, strategy in chosen.items():
+            _say(console, f"{name}: {described(_settled(strategy, case))}")
         result = run_comparison(
-            chosen,
+            table_names(chosen),
             case.density,
             case.train,
             case.new,
@@ -135,18 +142,12 @@ def compare(
             folder=folder,
             overwrite=overwrite,
         )
-    except (ValueError, OSError, FloatingPointError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {_plain(error)}")
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt as stop:
-        Console(stderr=True, soft_wrap=True).print(
-            f"Stopped: {_plain(stop) or 'nothing was running'}.\n"
-            "Finished strategies are kept. The same command, without --overwrite, goes on."
-        )
-        raise typer.Exit(130) from None
-    typer.echo(str(result))
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    console.print(f"Files in {folder}/: " + ", ".join(path.name for path in files))
+        typer.echo(str(result))
+        files = sorted(path for path in folder.iterdir() if path.is_file())
+        _say(console, f"Files in {folder}/: " + ", ".join(path.name for path in files))
+        if result.failures:
+            _say_failed(result, folder, debug)
+            raise typer.Exit(1)
 
 
 @app.command()
@@ -154,13 +155,14 @@ def figures(
     folder: Annotated[Path, typer.Option(help="Where the pictures go.")] = Path("figures"),
     only: Annotated[str | None, typer.Option(help="One picture, by its name.")] = None,
     quick: Annotated[bool, typer.Option(help="Fewer tasks and points: seconds.")] = False,
+    debug: Annotated[bool, typer.Option(help="Show the traceback of what fails.")] = False,
 ) -> None:
     """Draw the story of the anchor, from one task's minima to meta-training with noise."""
     from varmeta.figures import FIGURES, draw_each  # matplotlib's animations, for this alone
 
     console = Console()
     written = []
-    try:
+    with _in_plain_words(debug):
         for path in track(
             draw_each(folder, only=only, quick=quick),
             description="Drawing",
@@ -169,16 +171,65 @@ def figures(
             disable=not console.is_terminal,
         ):
             written.append(path.name)
-    except (ValueError, OSError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {_plain(error)}")
-        raise typer.Exit(2) from None
-    console.print(f"Files in {folder}/: " + ", ".join(written))
+        _say(console, f"Files in {folder}/: " + ", ".join(written))
 
 
-def _strategy(name: str) -> Strategy:
-    if name not in STRATEGIES:
-        raise ValueError(f"strategies: no strategy {name!r}; there are: {', '.join(STRATEGIES)}")
-    return STRATEGIES[name]()
+@contextmanager
+def _in_plain_words(debug: bool) -> Iterator[None]:
+    """Errors and warnings as sentences on stderr; tracebacks where they are asked for."""
+    console = Console(stderr=True, soft_wrap=True)
+
+    def warn(message: Warning | str, *_: object) -> None:
+        console.print(Text.assemble(("Warning: ", "bold yellow"), str(message)))
+
+    with warnings.catch_warnings():
+        warnings.showwarning = warn  # type: ignore[assignment]
+        warnings.filterwarnings("always", category=RuntimeWarning, module="varmeta")  # ours
+        try:
+            yield
+        except typer.Exit:
+            raise
+        except KeyboardInterrupt as stop:
+            _say(
+                console,
+                f"Stopped: {str(stop) or 'nothing was running'}.\n"
+                "Finished strategies are kept. The same command, without --overwrite, goes on.",
+            )
+            raise typer.Exit(130) from None
+        except Exception as error:
+            if debug:
+                _say(console, "".join(traceback.format_exception(error)))
+            console.print(Text.assemble(("Error: ", "bold red"), explain(error)))
+            if not (debug or expected(error) or own_line(error)):
+                _say(console, "Run again with --debug for the traceback.")
+            raise typer.Exit(2) from None
+
+
+def _say(console: Console, text: str) -> None:
+    """Text as it is: names may hold what rich would take for markup."""
+    console.print(text, markup=False, highlight=False, emoji=False)
+
+
+def _say_failed(result: Comparison, folder: Path, debug: bool) -> None:
+    console = Console(stderr=True, soft_wrap=True)
+    if debug:
+        for text in result.tracebacks.values():
+            _say(console, text)
+    total = result.table["strategy"].nunique()
+    count = f"{len(result.failures)} of {total}" if len(result.failures) < total else "All"
+    _say(
+        console,
+        f"{count} strategies failed: {', '.join(result.failures)}. Their tracebacks are in "
+        f"{folder / 'failures'}/; the same command tries them again, and them alone.",
+    )
+
+
+def _settled(strategy: Strategy, case: Problem) -> Strategy:
+    """With the choices made that it leaves open; as it is if it refuses this problem."""
+    try:
+        return strategy.settled(case.density, whole=True)
+    except ValueError:
+        return strategy
 
 
 def _own_problem(
@@ -226,7 +277,10 @@ def load_model(path: Path, name: str) -> Model:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except SystemExit:
+        raise ValueError(f"{path} ended the program when it was loaded (SystemExit)") from None
     found = getattr(module, name, None)
     if not callable(found):
         own = [
@@ -241,8 +295,3 @@ def load_model(path: Path, name: str) -> Model:
 
 def _split(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _plain(error: BaseException) -> str:
-    """The message, with brackets kept from being read as markup."""
-    return str(error).replace("[", r"\[")

@@ -4,54 +4,30 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
+from traceback import walk_tb
 
-import numpy as np
 import pandas as pd
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
+from rich.console import Console, RenderableType
+from rich.text import Text
 
-from varmeta.importance import MIN_DRAWS, evidence
+from varmeta.failures import Attempt, Failures
 from varmeta.inference.base import Strategy
-from varmeta.inference.fit import Fit, fit
+from varmeta.inference.fit import fit
 from varmeta.inference.nuts import PyroNUTS
 from varmeta.inference.reachability import reachability_gap
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
-from varmeta.posterior import Gaussian, TaskPosterior
 from varmeta.runs import RunFolder
+from varmeta.scores import Outcome, Score, check_posterior, score, score_table, task_sets
 from varmeta.seeds import generator
 from varmeta.shrinkage import MOST_MODULES
+from varmeta.tables import WIDTH, notes, rich_table
 from varmeta.tasks import Tasks
-
-KNOWN, NEW = "known tasks", "new tasks"
-_LEVEL = 0.9
-_WIDTH = 140  # the printed table needs that much
-
-
-@dataclass(eq=False)
-class Outcome:
-    """One strategy: its fit, and its posteriors of the tasks that are scored.
-
-    Attributes:
-        fit: the run.
-        known: posterior of the training tasks given the rows that were seen.
-        new: posterior of the new tasks given their support rows; None without new tasks.
-        adapt_seconds: wall time that the two posteriors took.
-        gap: `reachability_gap` of each training task, nats, `[T]`; None where nothing was kept.
-    """
-
-    fit: Fit
-    known: TaskPosterior
-    new: TaskPosterior | None
-    adapt_seconds: float
-    gap: Tensor | None = None
 
 
 @dataclass(eq=False)
@@ -62,8 +38,11 @@ class Comparison:
         density: the model.
         train: training tasks; their support rows were seen, their query rows held out.
         new: tasks held out whole; adapted to by their support rows, scored on their query rows.
-        outcomes: by strategy name, in the order given.
+        outcomes: by strategy name, in the order given; without those that failed.
         reference: name of the NUTS outcome, if there is one.
+        failures: by strategy name, why it failed, in a phrase. A strategy that failed when its
+            files were written has its outcome and its scores all the same.
+        tracebacks: of the failures, by strategy name.
         table: one row per strategy and set of tasks, with columns `strategy`, `posterior` (what was
             scored: draws, gaussian, laplace, delta), `set`, `rows` held out, `elpd` (log predictive
             density per held-out row, nats) with its standard error across tasks `elpd_se`,
@@ -76,7 +55,10 @@ class Comparison:
             `seconds` of learning, `adapt_seconds`, `gradients` (evaluations of one task's loss),
             and the distance of the task posteriors to NUTS: `mean_shift`, the median over tasks and
             coordinates of |difference of means| / sd of NUTS, and `sd_ratio`, the median ratio of
-            sds. NaN where there is nothing to score.
+            sds; `converged`, whether learning ended before its limit of steps did (None where it
+            has none, or cannot say), and `reason`, in words; `failed`, why the strategy failed, ''
+            if it did not. NaN where there is nothing to score; a strategy that failed before it
+            was scored has '' as `posterior`.
     """
 
     density: Density
@@ -85,11 +67,15 @@ class Comparison:
     outcomes: dict[str, Outcome]
     reference: str | None
     table: pd.DataFrame
+    failures: dict[str, str] = field(default_factory=dict)
+    tracebacks: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=_WIDTH)
+        console = Console(file=io.StringIO(), width=WIDTH)
         for table in self.rich_tables():
             console.print(table)
+        for note in notes(self.table, self.failures):
+            console.print(Text(note))
         text: str = console.file.getvalue()  # type: ignore[attr-defined]
         return text
 
@@ -104,14 +90,22 @@ class Comparison:
             found = outcome.fit.shrinkage(posterior=outcome.known, least=least).table
             found.insert(0, "strategy", name)
             tables.append(found)
-        return pd.concat(tables, ignore_index=True)
+        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
-    def rich_tables(self) -> list[Table]:
+    def rich_tables(self) -> list[RenderableType]:
         """The table for reading, one for each set of tasks."""
-        return [
-            _rich(self.table[self.table["set"] == which], which)
-            for which in self.table["set"].unique()
-        ]
+        return [rich_table(self.table, which) for which in self.table["set"].unique()]
+
+    def only(self, names: Iterable[str]) -> Comparison:
+        """The same comparison with the outcomes of these strategies alone; scores stay as is."""
+        wanted = set(names)
+        kept = {name: o for name, o in self.outcomes.items() if name in wanted}
+        return replace(
+            self,
+            outcomes=kept,
+            reference=self.reference if self.reference in kept else None,
+            table=self.table[self.table["strategy"].isin(list(kept))],
+        )
 
 
 def compare(
@@ -134,6 +128,10 @@ def compare(
     the fit, and the query rows of `new`, tasks that no strategy has seen, after adapting to their
     support rows.
 
+    A strategy that fails, whatever the reason, becomes a row that says so, and the others run. Its
+    traceback is written to `failures/NAME.txt` in `folder`; called again with the same arguments,
+    the comparison fits those that failed from their last checkpoint, and the others not again.
+
     Args:
         strategies: as a list, or by name.
         density: the model.
@@ -142,22 +140,20 @@ def compare(
         prior: where every strategy starts; default `GaussianPrior.from_density(density)`.
         seed: of everything random.
         draws: posterior draws per score.
-        folder: write checkpoints, table, ArviZ files and pictures there; an interrupted comparison
-            called again with the same arguments goes on where it stopped.
+        folder: write checkpoints, table, ArviZ files and pictures there; an interrupted comparison,
+            or one with failures, called again with the same arguments goes on where it stopped.
         overwrite: replace a finished (or another) comparison in `folder`.
         progress: show progress bars; None for "when the output is a terminal".
 
     Raises:
-        ValueError: no strategies, two of the same name, or something of another shape.
+        ValueError: no strategies, two of the same name, tasks without support rows, or something of
+            another shape: what concerns every strategy is found before any of them is fitted.
         FileExistsError: `folder` holds a finished run, or files that are not a run.
         KeyboardInterrupt: what is done is kept in `folder`.
     """
     named = _named(strategies)
-    if new is not None:
-        new.require_rows("new")
-        clash = set(new.names) & set(train.names)
-        if clash:
-            raise ValueError(f"new: task {min(clash)!r} is among the training tasks too")
+    prior = prior or GaussianPrior.from_density(density)
+    _check(density, train, new, prior, draws, seed)
     run = None
     if folder is not None:
         settings = {
@@ -169,29 +165,98 @@ def compare(
             "draws": draws,
         }
         run = RunFolder(Path(folder), settings, overwrite=overwrite)
+    failed, sets = Failures(run), task_sets(train, new)
     outcomes: dict[str, Outcome] = {}
+    scores: dict[str, dict[str, Score]] = {}
     for name, strategy in named.items():
+        state = run.state_file(name) if run else None
+        with failed.catching(name) as attempt:
+            outcome = _learn(strategy, density, train, new, prior, seed, state, progress, attempt)
+            attempt.where = "scores"
+            scores[name] = {
+                which: score(outcome, which, tasks, draws, seed) for which, tasks in sets.items()
+            }
+            outcomes[name] = outcome
+    reference = next((n for n, o in outcomes.items() if isinstance(o.fit.strategy, PyroNUTS)), None)
+    table = score_table(named, sets, scores, outcomes, reference, failed.reasons)
+    comparison = Comparison(
+        density, train, new, outcomes, reference, table, failed.reasons, failed.tracebacks
+    )
+    if run is not None:
+        _write(comparison, run, failed)
+    return comparison
+
+
+def _learn(
+    strategy: Strategy,
+    density: Density,
+    train: Tasks,
+    new: Tasks | None,
+    prior: GaussianPrior,
+    seed: int,
+    checkpoint: Path | None,
+    progress: bool | None,
+    attempt: Attempt,
+) -> Outcome:
+    """Fit one strategy and adapt it, saying in `attempt` how far it has come."""
+
+    def reached(step: int, _: object) -> None:
+        attempt.where = f"step {step}"
+
+    if checkpoint is not None and checkpoint.exists():
+        reached(torch.load(checkpoint, weights_only=True, mmap=True)["state"]["step"], None)
+    try:
         result = fit(
             strategy,
             density,
             train.support,
             prior=prior,
             seed=seed,
-            checkpoint=run.state_file(name) if run else None,
+            checkpoint=checkpoint,
             progress=progress,
+            on_step=reached,
         )
-        start = time.perf_counter()
-        known = result.posterior()
-        fresh = None if new is None else result.adapt(new.support)
-        seconds = time.perf_counter() - start
-        gap = reachability_gap(result) if strategy.keeps_posteriors else None
-        outcomes[name] = Outcome(result, known, fresh, seconds, gap)
-    reference = next((n for n, o in outcomes.items() if isinstance(o.fit.strategy, PyroNUTS)), None)
-    table = _score(outcomes, reference, train, new, draws, seed)
-    comparison = Comparison(density, train, new, outcomes, reference, table)
-    if run is not None:
-        _write(comparison, run)
-    return comparison
+    except Exception as error:
+        frames = walk_tb(error.__traceback__)
+        if not attempt.where and any(f.f_code is type(strategy).step.__code__ for f, _ in frames):
+            reached(0, None)
+        raise
+    start = time.perf_counter()
+    attempt.where = "posterior of the training tasks"
+    known = result.posterior()
+    check_posterior(known)
+    fresh = None
+    if new is not None:
+        attempt.where = "adapting to new tasks"
+        fresh = result.adapt(new.support)
+        check_posterior(fresh)
+    seconds = time.perf_counter() - start
+    attempt.where = "reachability gap"
+    gap = reachability_gap(result) if strategy.keeps_posteriors else None
+    return Outcome(result, known, fresh, seconds, gap)
+
+
+def _check(
+    density: Density,
+    train: Tasks,
+    new: Tasks | None,
+    prior: GaussianPrior,
+    draws: int,
+    seed: int,
+) -> None:
+    """Find before any training what would fail every strategy."""
+    for argument, tasks in (("train", train), ("new", new)):
+        if tasks is not None:
+            tasks.require_rows(argument)
+            density.check_data(tasks, density.shared_init)
+    clash = set() if new is None else set(new.names) & set(train.names)
+    if clash:
+        raise ValueError(f"new: task {min(clash)!r} is among the training tasks too")
+    if prior.dim != density.dim:
+        raise ValueError(f"prior has {prior.dim} coordinates, the density {density.dim}")
+    if draws < 1:
+        raise ValueError(f"draws must be at least 1, got {draws}")
+    generator(seed)  # raises a ValueError if it is negative
 
 
 def _named(strategies: Sequence[Strategy] | Mapping[str, Strategy]) -> dict[str, Strategy]:
@@ -208,180 +273,45 @@ def _named(strategies: Sequence[Strategy] | Mapping[str, Strategy]) -> dict[str,
         named = dict(zip(names, strategies, strict=True))
     if not named:
         raise ValueError("strategies is empty; give at least one")
+    files: dict[str, str] = {}
+    for name in named:
+        other = files.setdefault(RunFolder.file_name(name).lower(), name)
+        if other != name:
+            raise ValueError(
+                f"strategies: the names {other!r} and {name!r} would give their files the same "
+                "name; let them differ in letters or digits"
+            )
     return named
 
 
-def _write(comparison: Comparison, run: RunFolder) -> None:
+def _write(comparison: Comparison, run: RunFolder, failed: Failures) -> None:
     from varmeta.export import to_arviz  # ArviZ and Matplotlib only when something is written
-    from varmeta.report import write_figures
+    from varmeta.report_write import write_figures
 
     # As many draws a chain as NUTS has: common plots of ArviZ 1.x leave out fits that have fewer.
     truth = comparison.outcomes[comparison.reference].fit.strategy if comparison.reference else None
     draws = truth.draws if isinstance(truth, PyroNUTS) else 500
+    _write_table(comparison, run)  # first: it is what took the time
+    modules = []
     for name, outcome in comparison.outcomes.items():
-        data = to_arviz(outcome.fit, posterior=outcome.known, draws=draws)
-        with run.writing(run.file_name(name) + ".nc") as path:
-            data.to_netcdf(str(path))
-    run.add(write_figures(comparison, run.folder))
-    with run.writing("table.csv") as path:
-        comparison.table.to_csv(path, index=False)
-    if all(len(o.fit.prior.modules) <= MOST_MODULES for o in comparison.outcomes.values()):
+        with failed.catching(name, "ArviZ file"), run.writing(f"{run.file_name(name)}.nc") as path:
+            to_arviz(outcome.fit, posterior=outcome.known, draws=draws).to_netcdf(str(path))
+        if len(outcome.fit.prior.modules) <= MOST_MODULES:
+            with failed.catching(name, "shrinkage"):
+                modules.append(comparison.only([name]).shrinkage())
+    if modules:
         with run.writing("modules.csv") as path:
-            comparison.shrinkage().to_csv(path, index=False)
-    run.finish()
+            pd.concat(modules, ignore_index=True).to_csv(path, index=False)
+    run.add(write_figures(comparison, run.folder, failed.note))
+    failed.forget_earlier(comparison.table["strategy"].unique())
+    _write_table(comparison, run)
+    if not comparison.failures:
+        run.finish()
 
 
-# -- scores ----------------------------------------------------------------------------------------
-
-
-def _score(
-    outcomes: Mapping[str, Outcome],
-    reference: str | None,
-    train: Tasks,
-    new: Tasks | None,
-    draws: int,
-    seed: int,
-) -> pd.DataFrame:
-    rows = []
-    sets = {KNOWN: train} if new is None else {KNOWN: train, NEW: new}
-    for which, tasks in sets.items():
-        held_out = tasks.query if tasks.is_split else None
-        posteriors = {n: o.known if which == KNOWN else o.new for n, o in outcomes.items()}
-        lpd: dict[str, Tensor] = {}
-        for name, posterior in posteriors.items():
-            assert posterior is not None
-            outcome = outcomes[name]
-            row: dict[str, object] = {
-                "strategy": name,
-                "posterior": posterior.kind,
-                "set": which,
-                "rows": 0 if held_out is None else int(held_out.mask.sum()),
-                **dict.fromkeys(("elpd", "elpd_se", "elpd_diff", "elpd_diff_se"), np.nan),
-                "rmse": np.nan,
-                "coverage": np.nan,
-                "pareto_k": _worst_k(outcome.fit, posterior, tasks.support, draws, seed),
-                "gap": np.nan,
-                "seconds": outcome.fit.seconds,
-                "adapt_seconds": outcome.adapt_seconds,
-                "gradients": outcome.fit.gradients,
-                "mean_shift": np.nan,
-                "sd_ratio": np.nan,
-            }
-            if which == KNOWN and outcome.gap is not None:
-                row["gap"] = float(outcome.gap.mean())
-            if held_out is not None:
-                lpd[name] = posterior.log_predictive(
-                    held_out, draws, generator(seed, 0, device=held_out.mask.device)
-                )
-                row["elpd"], row["elpd_se"] = _per_row(lpd[name], held_out)
-                row["rmse"], row["coverage"] = _accuracy(posterior, held_out, draws, seed)
-            if reference is not None:
-                truth = posteriors[reference]
-                assert truth is not None
-                shift = (posterior.mean - truth.mean).abs() / truth.sd
-                row["mean_shift"] = float(shift.median())
-                row["sd_ratio"] = float((posterior.sd / truth.sd).median())
-            rows.append(row)
-        if held_out is not None:
-            best = max(lpd, key=lambda name: float(lpd[name].sum()))
-            for row in rows[-len(posteriors) :]:
-                difference = lpd[str(row["strategy"])] - lpd[best]
-                row["elpd_diff"], row["elpd_diff_se"] = _per_row(difference, held_out)
-    return pd.DataFrame(rows)
-
-
-def _per_row(values: Tensor, tasks: Tasks) -> tuple[float, float]:
-    """Mean over existing rows, and its standard error with tasks as the independent units.
-
-    Rows of a task share its posterior and are not independent: the error is that of a ratio of two
-    sums over tasks.
-    """
-    count = tasks.num_rows.to(values)
-    mean = values.sum() / count.sum()
-    residual = values.sum(-1) - count * mean
-    used = int((count > 0).sum())
-    if used < 2:
-        return float(mean), float("nan")
-    return float(mean), float((residual.square().sum() * used / (used - 1)).sqrt() / count.sum())
-
-
-def _accuracy(posterior: TaskPosterior, tasks: Tasks, draws: int, seed: int) -> tuple[float, float]:
-    """RMSE of the predictive mean and coverage of the central 90% interval; NaN for categories."""
-    if not tasks.targets.is_floating_point():
-        return float("nan"), float("nan")
-    predicted = posterior.predict(tasks, draws, generator(seed, 1, device=tasks.mask.device))
-    if len(predicted) > 1:  # several observed sites: which is the target is the model's secret
-        return float("nan"), float("nan")
-    values = next(iter(predicted.values()))[:, tasks.mask].to(tasks.targets)
-    truth = tasks.targets[tasks.mask]
-    tail = torch.tensor([(1 - _LEVEL) / 2, (1 + _LEVEL) / 2]).to(values)
-    low, high = values.quantile(tail, dim=0)
-    inside = ((truth >= low) & (truth <= high)).double().mean()
-    return float((values.mean(0) - truth).square().mean().sqrt()), float(inside)
-
-
-def _worst_k(result: Fit, posterior: TaskPosterior, tasks: Tasks, draws: int, seed: int) -> float:
-    """Pareto k of the worst task; NaN without a density."""
-    if not isinstance(posterior, Gaussian):
-        return float("nan")
-    found = evidence(posterior, result.prior, tasks, draws=max(draws, MIN_DRAWS), seed=seed)
-    return float(found.pareto_k.max())
-
-
-# -- reading ---------------------------------------------------------------------------------------
-
-
-def _rich(table: pd.DataFrame, which: str) -> Table:
-    rows = int(table["rows"].max())
-    out = Table(
-        title=f"{which}: {rows or 'no'} held-out rows",
-        title_justify="left",
-        caption="log density in nats; ± a standard error across tasks (difference: of the pairs); "
-        "k̂: Pareto k of the worst task, above 0.7 its q is not to be trusted; "
-        "gap: nats per task that a fresh adaptation loses to what was kept; "
-        "shift: |mean − NUTS mean| in NUTS sds",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for heading in (
-        "strategy",
-        "posterior",
-        "log density\nper row",
-        "difference\nto best",
-        "RMSE",
-        "90%\ncover",
-        "k̂\nmax",
-        "gap",
-        "seconds",
-        "gradients",
-        "shift",
-        "sd ratio",
-    ):
-        left = heading in ("strategy", "posterior")
-        wraps = heading == "strategy"  # a long name, and no number, gives way
-        out.add_column(heading, justify="left" if left else "right", no_wrap=not wraps)
-    for row in table.sort_values("elpd", ascending=False, kind="stable").to_dict("records"):
-        best, reference = row["elpd_diff"] == 0, row["mean_shift"] == 0
-        out.add_row(
-            row["strategy"],
-            row["posterior"],
-            _number(row["elpd"], ".3f", row["elpd_se"]),
-            "best" if best else _number(row["elpd_diff"], ".4f", row["elpd_diff_se"]),
-            _number(row["rmse"], ".3g"),
-            _number(row["coverage"], ".2f"),
-            "exact" if row["pareto_k"] == -np.inf else _number(row["pareto_k"], ".2f"),
-            _number(row["gap"], ".2f"),
-            _number(row["seconds"], ".1f"),
-            f"{row['gradients']:.2g}",
-            "reference" if reference else _number(row["mean_shift"], ".2f"),
-            "" if reference else _number(row["sd_ratio"], ".2f"),
-        )
-    return out
-
-
-def _number(value: float, form: str, error: float | None = None) -> str:
-    if np.isnan(value):
-        return "–"
-    return f"{value:{form}}" + (f" ± {error:{form}}" if error is not None else "")
+def _write_table(comparison: Comparison, run: RunFolder) -> None:
+    """With what has failed so far."""
+    table = comparison.table
+    table["failed"] = [comparison.failures.get(name, "") for name in table["strategy"]]
+    with run.writing("table.csv") as path:
+        table.to_csv(path, index=False)

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -191,7 +191,8 @@ class Draws(TaskPosterior):
         """All draws in their order if `count` is S; thinned evenly if smaller; else resampled."""
         total = len(self.draws)
         if count <= total:
-            index = torch.linspace(0, total - 1, count, device=self.draws.device).round().long()
+            like: Any = {"dtype": torch.float32, "device": self.draws.device}
+            index = torch.linspace(0, total - 1, count, **like).round().long()
         else:
             index = torch.randint(total, (count,), generator=generator, device=self.draws.device)
         return self.draws[index], self.shared[index] if self.shared.dim() > 1 else self.shared

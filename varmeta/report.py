@@ -6,10 +6,7 @@ pyplot and its global state are never touched.
 from __future__ import annotations
 
 import math
-import re
 import textwrap
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +19,6 @@ from varmeta.comparison import Comparison
 from varmeta.inference.nuts import PyroNUTS
 from varmeta.inference.pooling import NoPooling
 from varmeta.posterior import TaskPosterior
-from varmeta.report_modules import module_comparison
 from varmeta.report_style import (
     BAND,
     DASHES,
@@ -42,7 +38,8 @@ from varmeta.report_style import (
 from varmeta.seeds import generator
 
 _DRAWS, _NUMBERS = 1000, 40_000_000  # draws of a posterior, and how many numbers they may be
-_MOST_TASKS, _MOST_COMPONENTS = 160, 4
+_MOST_TASKS = 160
+_END: dict[str, Any] = {"marker": "o", "ms": 7, "mew": 1.5}  # of a training curve
 _SMALL_CHANGE = 0.2  # nats per task that a loss panel shows at least
 
 
@@ -156,12 +153,18 @@ def shrinkage(comparison: Comparison, site: str, component: int | None = None) -
 def training_curves(comparison: Comparison) -> Figure | None:
     """The loss of every step, one panel per strategy; of NUTS the trace of the potential energy.
 
-    None if no strategy takes more than one step.
+    A dot at the end says how it ended: filled where learning converged, open where the limit of
+    steps came first, none where the strategy cannot say. None if none takes more than one step.
     """
     fits = {n: o.fit for n, o in comparison.outcomes.items() if len(o.fit.history) > 1}
     if not fits:
         return None
     handles = [legend_line("each step", lw=0.8, alpha=0.5), legend_line("running median", lw=1.8)]
+    ends = {name: fit.converged for name, fit in fits.items()}
+    for converged, label in ((True, "converged"), (False, "stopped at its limit of steps")):
+        if converged in ends.values():
+            face = MUTED if converged else "white"
+            handles.append(legend_line(label, ls="none", mfc=face, mec=MUTED, **_END))
     if any(isinstance(fit.strategy, PyroNUTS) for fit in fits.values()):
         handles.append(Patch(color=GRID, label="warm-up, chain after chain"))
     fig, panels = panel_grid(
@@ -184,12 +187,17 @@ def training_curves(comparison: Comparison) -> Figure | None:
                 ax.axvspan(start + 0.5, end, color=GRID, lw=0, zorder=0, gid="warm-up")
         smooth = history["loss"].rolling(len(loss) // 50 * 2 + 1, center=True, min_periods=1)
         ax.plot(step, loss, color=colour, lw=0.8, alpha=0.5, gid=f"loss:{name}")
-        ax.plot(step, smooth.median(), color=colour, lw=1.8)
+        median = smooth.median().to_numpy()
+        ax.plot(step, median, color=colour, lw=1.8)
         low, high = np.quantile(loss[settled] if settled.any() else loss, [0.005, 0.995])
         extra = max(_SMALL_CHANGE - (high - low), 0) / 2
         ax.set(xlim=(0, step[-1] + 1), ylim=_padded(np.array([low - extra, high + extra]), 0.25))
         ax.set(xlabel=unit, ylabel=f"{what}, nats per task")
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        if ends[name] is not None:
+            end, face = np.clip(median[-1], *ax.get_ylim()), colour if ends[name] else "white"
+            look = {"mfc": face, "mec": colour, "clip_on": False, "zorder": 4, **_END}
+            ax.plot(step[-1], end, ls="none", gid=f"end:{name}:{ends[name]}", **look)
     return fig
 
 
@@ -199,6 +207,8 @@ def scores(comparison: Comparison) -> Figure | None:
     A pair of panels per set of tasks, the best strategy on top; None if nothing was held out.
     """
     table, styles = comparison.table.dropna(subset=["elpd"]), strategy_styles(comparison)
+    endless = table[np.isneginf(table["elpd"])]["strategy"].unique()
+    table = table[np.isfinite(table["elpd"])]
     sets = {which: table[table["set"] == which] for which in table["set"].unique()}
     if not sets:
         return None
@@ -208,7 +218,9 @@ def scores(comparison: Comparison) -> Figure | None:
         sum(heights),
         "How well each strategy predicts rows that it has not seen",
         "Log predictive density: more is better. Bars: ± 1 standard error across tasks; on the "
-        "right, of the difference on the same rows, which decides.",
+        "right, of the difference on the same rows, which decides."
+        + f" Left out, with a density of 0 on some row: {', '.join(endless)}."
+        * (len(endless) > 0),
         [],
     )
     axes = fig.subplots(len(sets), 2, squeeze=False, gridspec_kw={"height_ratios": heights})
@@ -233,41 +245,6 @@ def scores(comparison: Comparison) -> Figure | None:
         pair[1].axvline(0, color=MUTED, lw=0.8, zorder=1)
         pair[1].tick_params(labelleft=False)
     return fig
-
-
-def write_figures(comparison: Comparison, folder: str | PathLike[str]) -> list[Path]:
-    """All figures as PNG files (150 dpi) in `folder`, and their paths.
-
-    `forest_<site>` and `shrinkage_<site>` for every adapted site of one value, with the component's
-    number appended for those of two to four; `modules`, `training_curves` and `scores`. A file
-    appears under its name only when it is complete.
-    """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    written: list[Path] = []
-
-    def write(name: str, fig: Figure | None) -> None:
-        path = Path(folder) / (re.sub(r"[^\w.-]+", "_", name) + ".png")
-        while path in written:  # two names may differ only in what a file name cannot hold
-            path = path.with_stem(path.stem + "_")
-        part = path.with_name(f"part_{path.name}")
-        if fig is not None:
-            try:
-                fig.savefig(part, dpi=150, format="png")
-                part.replace(path)
-            finally:
-                part.unlink(missing_ok=True)
-            written.append(path)
-
-    for site in comparison.density.sites:
-        count = site.shape.numel()
-        for k in range(count) if count <= _MOST_COMPONENTS else ():
-            name, which = (site.name, None) if count == 1 else (f"{site.name}_{k}", k)
-            write(f"forest_{name}", forest(comparison, site.name, which))
-            write(f"shrinkage_{name}", shrinkage(comparison, site.name, which))
-    write("modules", module_comparison(comparison))
-    write("training_curves", training_curves(comparison))
-    write("scores", scores(comparison))
-    return written
 
 
 # -- numbers ---------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ _MANIFEST = "run.json"
 class RunFolder:
     """A folder that one comparison writes into.
 
-    `run.json` in it says what the run is, which files it wrote and whether it is finished.
+    `run.json` in it says what the run is, which files it wrote and whether it is finished. A run
+    in which a strategy failed is not: under the same settings it goes on with those that failed.
 
     Args:
         folder: made if it does not exist.
@@ -42,7 +43,7 @@ class RunFolder:
             there = json.loads(found.read_text())
             if overwrite:
                 for name in there["files"]:
-                    (folder / name).unlink(missing_ok=True)
+                    _unlink(folder, name)
             elif there["finished"]:
                 raise FileExistsError(
                     f"folder {str(folder)!r} holds a finished run; give overwrite=True "
@@ -67,7 +68,7 @@ class RunFolder:
     @staticmethod
     def file_name(name: str) -> str:
         """A strategy's name as the stem of a file name."""
-        return re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_")
+        return re.sub(r"[\W_]+", "_", name).strip("_") or "strategy"
 
     def state_file(self, name: str) -> Path:
         """Where the named strategy's checkpoint lies."""
@@ -79,13 +80,21 @@ class RunFolder:
     def writing(self, name: str) -> Iterator[Path]:
         """A path to write to; it gets its name only when the block ends well."""
         target = self.folder / name
-        part = target.with_name(f"part_{name}")  # a suffix of its own would change the format
+        target.parent.mkdir(exist_ok=True)
+        part = target.with_name(f"part_{target.name}")  # a suffix would change the format
         try:
             yield part
             part.replace(target)
         finally:
             part.unlink(missing_ok=True)
         self.add([target])
+
+    def remove(self, name: str) -> None:
+        """Remove a file of this run, if it is there, and its folder once that is empty."""
+        if name in self._manifest["files"]:
+            _unlink(self.folder, name)
+            self._manifest["files"].remove(name)
+            self._save()
 
     def add(self, paths: Iterable[Path]) -> None:
         """Note files as this run's."""
@@ -102,3 +111,11 @@ class RunFolder:
         part = self.folder / f"part_{_MANIFEST}"
         part.write_text(json.dumps(self._manifest, indent=2))
         part.replace(self.folder / _MANIFEST)
+
+
+def _unlink(folder: Path, name: str) -> None:
+    """Remove a file, and the folder within `folder` that it leaves empty."""
+    target = folder / name
+    target.unlink(missing_ok=True)
+    if target.parent != folder and target.parent.is_dir() and not any(target.parent.iterdir()):
+        target.parent.rmdir()

@@ -62,7 +62,7 @@ class Shrinkage:
     scales_path: Tensor | None = None
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=_WIDTH)
+        console = Console(file=io.StringIO(), width=_WIDTH, markup=False)
         console.print(self.rich_table())
         text: str = console.file.getvalue()  # type: ignore[attr-defined]
         return text

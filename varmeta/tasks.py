@@ -339,10 +339,10 @@ class Tasks:
 
     def _shuffled_rank(self, source: torch.Generator) -> Tensor:
         """`[T, N]` int: a random order of each task's existing rows, padding last."""
-        noise = torch.full(self.mask.shape, 2.0, device=source.device)
+        like: Any = {"dtype": torch.float32, "device": source.device}  # whatever the default is
+        noise = torch.full(self.mask.shape, 2.0, **like)
         existing = self.mask.to(source.device)  # so that padding does not change the order
-        count = int(existing.sum())
-        noise[existing] = torch.rand(count, generator=source, device=source.device)
+        noise[existing] = torch.rand(int(existing.sum()), generator=source, **like)
         return noise.argsort(-1).argsort(-1).to(self.mask.device)
 
 

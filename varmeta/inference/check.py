@@ -74,7 +74,7 @@ class GradientCheck:
         ]
 
     def __str__(self) -> str:
-        console = Console(file=io.StringIO(), width=_WIDTH)
+        console = Console(file=io.StringIO(), width=_WIDTH, markup=False)
         references, tasks = self.rich_tables()
         console.print(references)
         for finding in self.findings:

@@ -440,7 +440,7 @@ def _bar(progress: bool | None) -> Progress:
     console = Console(stderr=True)
     hidden = not console.is_terminal if progress is None else not progress
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[note]}"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,9 +126,10 @@ class Noise:
             self._rank = mask.new_zeros((self._own, *mask.shape), dtype=torch.long)
         for i in [i for i, e in enumerate(epochs) if e != self._epochs[i]]:
             source = self._generator(self.tasks.names[i], _ROWS, epochs[i])
-            keys = torch.full((self._own, mask.shape[1]), 2.0, device=mask.device)
+            like: Any = {"dtype": torch.float32, "device": mask.device}  # whatever the default is
+            keys = torch.full((self._own, mask.shape[1]), 2.0, **like)
             shape = (self._own, int(mask[i].sum()))
-            keys[:, mask[i]] = torch.rand(shape, generator=source, device=mask.device)
+            keys[:, mask[i]] = torch.rand(shape, generator=source, **like)
             self._rank[:, i] = keys.argsort(-1).argsort(-1)
             self._epochs[i] = epochs[i]
 

@@ -1,4 +1,4 @@
-"""The laws of observed rows: their parameters, read and replaced, for Gauss–Newton products."""
+"""Laws: their parameters, read and replaced, for Gauss–Newton products and draws of one type."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -37,6 +38,17 @@ def law_with(law: Any, values: Iterator[Tensor]) -> Any:
     given = _parameters(law)
     new = {k: next(values) if v.is_floating_point() else v for k, v in given.items()}
     return type(law)(**new, validate_args=False)
+
+
+def law_in(dtype: torch.dtype, law: Any) -> Any:
+    """The same law with parameters, and so draws, of this data type, whatever the default is.
+
+    As it is where it was given no floating tensors of its own (a beta, an LKJ).
+    """
+    try:
+        return law_with(law, iter([value.to(dtype) for value in law_parameters(law)]))
+    except (ValueError, TypeError, NotImplementedError):
+        return law
 
 
 def _parameters(base: Any) -> dict[str, Tensor]:

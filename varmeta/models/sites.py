@@ -17,10 +17,12 @@ from pyro.poutine.runtime import _DIM_ALLOCATOR
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
+from varmeta.models.laws import law_in
 from varmeta.seeds import generator, global_rng
 
 Model = Callable[..., Any]
 _PRIOR_DRAWS = 4001
+_COARSE = 1e-4  # relative width of a prior below which single precision does not resolve it
 
 
 @dataclass(frozen=True, eq=False)
@@ -315,10 +317,14 @@ def _location_and_scale(fn: Any, transform: Any, value: Tensor) -> tuple[Tensor,
         else:
             if bool(mean.isfinite().all()) and bool((sd.isfinite() & (sd > 0)).all()):
                 return mean.detach(), sd.detach()
-    with global_rng(generator(0)):
-        draws = transform.inv(fn.sample((_PRIOR_DRAWS,))).sort(dim=0).values
-    low, mid, high = draws[[round(q * (_PRIOR_DRAWS - 1)) for q in (0.1587, 0.5, 0.8413)]]
-    return mid, 0.5 * (high - low)
+    for dtype in (torch.float32, torch.float64):  # whatever the default is
+        with global_rng(generator(0)):
+            draws = transform.inv(law_in(dtype, fn).sample((_PRIOR_DRAWS,))).sort(dim=0).values
+        low, mid, high = draws[[round(q * (_PRIOR_DRAWS - 1)) for q in (0.1587, 0.5, 0.8413)]]
+        width = high - low
+        if bool((width > _COARSE * mid.abs()).all() and width.isfinite().all()):
+            break
+    return mid, 0.5 * width
 
 
 def _is_plate(node: Any) -> bool:

@@ -1,0 +1,208 @@
+"""The scores of strategies on held-out rows, on the same rows in the same way, as one table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from varmeta.importance import MIN_DRAWS, evidence
+from varmeta.inference.fit import Fit
+from varmeta.posterior import Gaussian, TaskPosterior
+from varmeta.seeds import generator
+from varmeta.tasks import Tasks
+
+KNOWN, NEW = "known tasks", "new tasks"
+_LEVEL = 0.9
+
+
+@dataclass(eq=False)
+class Outcome:
+    """One strategy: its fit, and its posteriors of the tasks that are scored.
+
+    Attributes:
+        fit: the run.
+        known: posterior of the training tasks given the rows that were seen.
+        new: posterior of the new tasks given their support rows; None without new tasks.
+        adapt_seconds: wall time that the two posteriors took.
+        gap: `reachability_gap` of each training task, nats, `[T]`; None where nothing was kept.
+    """
+
+    fit: Fit
+    known: TaskPosterior
+    new: TaskPosterior | None
+    adapt_seconds: float
+    gap: Tensor | None = None
+
+    def posterior(self, which: str) -> TaskPosterior:
+        """That of the known or of the new tasks."""
+        found = self.known if which == KNOWN else self.new
+        assert found is not None
+        return found
+
+
+@dataclass(eq=False)
+class Score:
+    """One strategy on one set of tasks.
+
+    Attributes:
+        row: of the table, as far as it needs no other strategy.
+        lpd: log predictive densities of the held-out rows, nats, `[T, N]`; None without any.
+    """
+
+    row: dict[str, object]
+    lpd: Tensor | None
+
+
+def task_sets(train: Tasks, new: Tasks | None) -> dict[str, Tasks]:
+    """What is scored, by name."""
+    return {KNOWN: train} if new is None else {KNOWN: train, NEW: new}
+
+
+def check_posterior(posterior: TaskPosterior) -> None:
+    """Stop before a posterior that is not one is scored.
+
+    Raises:
+        FloatingPointError: with the name of the first task whose mean or sd is not finite.
+    """
+    _check_finite(torch.stack([posterior.mean, posterior.sd], 1), posterior.names, "the posterior")
+
+
+def score(outcome: Outcome, which: str, tasks: Tasks, draws: int, seed: int) -> Score:
+    """Score one strategy's posterior of one set of tasks on the rows held out there.
+
+    Raises:
+        FloatingPointError: the density of a row is not a number, or infinite.
+    """
+    posterior, fit = outcome.posterior(which), outcome.fit
+    held_out = tasks.query if tasks.is_split else None
+    row = _empty(tasks) | {
+        "posterior": posterior.kind,
+        "pareto_k": _worst_k(fit, posterior, tasks.support, draws, seed),
+        "seconds": fit.seconds,
+        "adapt_seconds": outcome.adapt_seconds,
+        "gradients": fit.gradients,
+        "converged": fit.converged,
+        "reason": fit.reason,
+    }
+    if which == KNOWN and outcome.gap is not None:
+        row["gap"] = float(outcome.gap.mean())
+    lpd = None
+    if held_out is not None:
+        source = generator(seed, 0, device=held_out.mask.device)
+        lpd = posterior.log_predictive(held_out, draws, source)
+        # A density of 0, -inf nats, is an answer, if a bad one; NaN and +inf are none.
+        real = lpd.where(lpd != -torch.inf, 0)
+        _check_finite(real, tasks.names, "the log density of held-out rows")
+        row["elpd"], row["elpd_se"] = _per_row(lpd, held_out)
+        row["rmse"], row["coverage"] = _accuracy(posterior, held_out, draws, seed)
+    return Score(row, lpd)
+
+
+def score_table(
+    names: Iterable[str],
+    sets: Mapping[str, Tasks],
+    scores: Mapping[str, Mapping[str, Score]],
+    outcomes: Mapping[str, Outcome],
+    reference: str | None,
+    failures: Mapping[str, str],
+) -> pd.DataFrame:
+    """One row for each strategy and set: its score beside the best and the reference.
+
+    Args:
+        names: of all strategies, in the table's order.
+        sets: the tasks that are scored.
+        scores: by strategy, then by set; those that failed have none.
+        outcomes: of all that have scores.
+        reference: the NUTS outcome's name, if there is one.
+        failures: by strategy, why it failed.
+    """
+    rows = []
+    for which, tasks in sets.items():
+        lpd = {n: s[which].lpd for n, s in scores.items() if s[which].lpd is not None}
+        sums = {n: float(v.sum()) for n, v in lpd.items() if v is not None}
+        finite = {n: v for n, v in sums.items() if np.isfinite(v)}
+        best = max(finite, key=finite.__getitem__) if finite else None
+        for name in names:
+            row = {"strategy": name, "set": which, **_empty(tasks)}
+            if name in scores:
+                row |= scores[name][which].row
+                mine = lpd.get(name)
+                if mine is not None and best is not None:
+                    difference = mine - lpd[best]  # type: ignore[operator]
+                    row["elpd_diff"], row["elpd_diff_se"] = _per_row(difference, tasks.query)
+                if reference is not None:
+                    posterior = outcomes[name].posterior(which)
+                    truth = outcomes[reference].posterior(which)
+                    shift = (posterior.mean - truth.mean).abs() / truth.sd
+                    row["mean_shift"] = float(shift.median())
+                    row["sd_ratio"] = float((posterior.sd / truth.sd).median())
+            rows.append(row | {"failed": failures.get(name, "")})
+    first = ["strategy", "posterior", "set"]
+    table = pd.DataFrame(rows)
+    table["converged"] = table["converged"].astype(object)  # True, False, or None: it cannot say
+    return table[first + [c for c in table.columns if c not in first]]
+
+
+def _empty(tasks: Tasks) -> dict[str, object]:
+    """A row's columns where there is nothing to say."""
+    numbers = ["elpd", "elpd_se", "elpd_diff", "elpd_diff_se", "rmse", "coverage", "pareto_k"]
+    numbers += ["gap", "seconds", "adapt_seconds", "gradients", "mean_shift", "sd_ratio"]
+    return {
+        "posterior": "",
+        "rows": int(tasks.query.mask.sum()) if tasks.is_split else 0,
+        **dict.fromkeys(numbers, np.nan),
+        "converged": None,
+        "reason": "",
+    }
+
+
+def _check_finite(values: Tensor, names: tuple[str, ...], what: str) -> None:
+    """`[T, ...]` values of these tasks."""
+    bad = (~values.isfinite()).flatten(1).any(-1).nonzero()[:, 0].tolist()
+    if bad:
+        raise FloatingPointError(
+            f"{what} of task {names[bad[0]]!r} is not finite ({len(bad)} of {len(names)} tasks)"
+        )
+
+
+def _per_row(values: Tensor, tasks: Tasks) -> tuple[float, float]:
+    """Mean over existing rows, and its standard error with tasks as the independent units.
+
+    Rows of a task share its posterior and are not independent: the error is that of a ratio of two
+    sums over tasks.
+    """
+    count = tasks.num_rows.to(values)
+    mean = values.sum() / count.sum()
+    residual = values.sum(-1) - count * mean
+    used = int((count > 0).sum())
+    if used < 2:
+        return float(mean), float("nan")
+    return float(mean), float((residual.square().sum() * used / (used - 1)).sqrt() / count.sum())
+
+
+def _accuracy(posterior: TaskPosterior, tasks: Tasks, draws: int, seed: int) -> tuple[float, float]:
+    """RMSE of the predictive mean and coverage of the central 90% interval; NaN for categories."""
+    if not tasks.targets.is_floating_point():
+        return float("nan"), float("nan")
+    predicted = posterior.predict(tasks, draws, generator(seed, 1, device=tasks.mask.device))
+    if len(predicted) > 1:  # several observed sites: which is the target is the model's secret
+        return float("nan"), float("nan")
+    values = next(iter(predicted.values()))[:, tasks.mask].to(tasks.targets)
+    truth = tasks.targets[tasks.mask]
+    tail = values.new_tensor([(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    low, high = values.quantile(tail, dim=0)
+    inside = ((truth >= low) & (truth <= high)).double().mean()
+    return float((values.mean(0) - truth).square().mean().sqrt()), float(inside)
+
+
+def _worst_k(result: Fit, posterior: TaskPosterior, tasks: Tasks, draws: int, seed: int) -> float:
+    """Pareto k of the worst task; NaN without a density."""
+    if not isinstance(posterior, Gaussian):
+        return float("nan")
+    found = evidence(posterior, result.prior, tasks, draws=max(draws, MIN_DRAWS), seed=seed)
+    return float(found.pareto_k.max())

@@ -1,0 +1,113 @@
+"""The table of a comparison, for reading."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
+from rich.console import Group, JustifyMethod, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+WIDTH = 140  # the printed table needs that much
+_NAME = 18  # that failed rows and scored ones stand below each other
+_HEADINGS = (
+    "strategy",
+    "posterior",
+    "log density\nper row",
+    "difference\nto best",
+    "RMSE",
+    "90%\ncover",
+    "k̂\nmax",
+    "gap",
+    "con-\nverged",
+    "seconds",
+    "gradients",
+    "shift",
+    "sd ratio",
+)
+_CAPTION = (
+    "log density in nats; ± a standard error across tasks (difference: of the pairs); "
+    "k̂: Pareto k of the worst task, above 0.7 its q is not to be trusted; "
+    "gap: nats per task that a fresh adaptation loses to what was kept; "
+    "converged: ✓ yes, ✗ the limit of steps came first, – it has no such limit or cannot say; "
+    "shift: |mean − NUTS mean| in NUTS sds"
+)
+
+
+def rich_table(table: pd.DataFrame, which: str) -> RenderableType:
+    """One set of tasks: scored strategies, best first, then those that failed, with the reason."""
+    part = table[table["set"] == which]
+    scored = part[part["posterior"] != ""].sort_values("elpd", ascending=False, kind="stable")
+    failed = part[part["posterior"] == ""]
+    rows = int(part["rows"].max())
+    title = Text(f"{which}: {rows or 'no'} held-out rows", style="italic")
+    width = max(_NAME, *(min(cell_len(name), 30) for name in part["strategy"]))
+    body: list[RenderableType] = [title]
+    if len(scored):
+        body.append(_scores(scored, width))
+    if len(failed):
+        body.append(_failed(failed, width))
+    if len(scored):
+        body.append(Text("\n" * (len(failed) > 0) + _CAPTION, style="dim italic"))
+    return Group(*body, "")
+
+
+def notes(table: pd.DataFrame, failures: Mapping[str, str]) -> list[str]:
+    """A sentence for each strategy that did not converge, or failed once it had been scored."""
+    out = []
+    for name, part in table.groupby("strategy", sort=False):
+        row = part.iloc[0]
+        if row["converged"] is False:
+            why = f": {row['reason']}" if row["reason"] else ""
+            out.append(f"{name} did not converge{why}.".replace("..", "."))
+        if name in failures and row["posterior"] != "":
+            out.append(f"{name} was scored, and then failed: {failures[str(name)]}.")
+    return out
+
+
+def _scores(part: pd.DataFrame, width: int) -> Table:
+    out = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for heading in _HEADINGS:
+        left = heading in ("strategy", "posterior")
+        wraps = heading == "strategy"  # a long name, and no number, gives way
+        least = width if wraps else None
+        justify: JustifyMethod = "left" if left else "right"
+        out.add_column(heading, justify=justify, no_wrap=not wraps, min_width=least)
+    for row in part.to_dict("records"):
+        best, reference = row["elpd_diff"] == 0, row["mean_shift"] == 0
+        out.add_row(
+            Text(str(row["strategy"])),
+            row["posterior"],
+            _number(row["elpd"], ".3f", row["elpd_se"]),
+            "best" if best else _number(row["elpd_diff"], ".4f", row["elpd_diff_se"]),
+            _number(row["rmse"], ".3g"),
+            _number(row["coverage"], ".2f"),
+            "exact" if row["pareto_k"] == -np.inf else _number(row["pareto_k"], ".2f"),
+            _number(row["gap"], ".2f"),
+            {True: "✓", False: "✗"}.get(row["converged"], "–"),
+            _number(row["seconds"], ".1f"),
+            _number(row["gradients"], ".2g"),
+            "reference" if reference else _number(row["mean_shift"], ".2f"),
+            "" if reference else _number(row["sd_ratio"], ".2f"),
+        )
+    return out
+
+
+def _failed(part: pd.DataFrame, width: int) -> Table:
+    out = Table.grid(padding=(0, 1, 0, 1))
+    out.add_column(width=width)
+    out.add_column()
+    for row in part.to_dict("records"):
+        out.add_row(Text(str(row["strategy"])), Text(f"failed: {row['failed']}", style="red"))
+    return out
+
+
+def _number(value: float, form: str, error: float | None = None) -> str:
+    if np.isnan(value):
+        return "–"
+    spread = error is not None and not np.isnan(error)
+    return f"{value:{form}}" + (f" ± {error:{form}}" if spread else "")
