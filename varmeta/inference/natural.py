@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
+from varmeta.inference.base import NonFiniteLoss, check_finite, non_finite_gradient
 from varmeta.inference.energy import TaskEnergy
 from varmeta.inference.families import GaussianQ
 from varmeta.inference.free_energy import free_energy
@@ -101,12 +102,19 @@ class Solved:
 
 
 def laplace_start(
-    density: Density, prior: GaussianPrior, shared: Tensor, tasks: Tasks
+    density: Density, prior: GaussianPrior, shared: Tensor, tasks: Tasks, step: int = 0
 ) -> tuple[Tensor, Tensor, int]:
-    """Mean, L and gradient evaluations of Laplace's q, found from θ0: where steps can begin."""
+    """Mean, L and gradient evaluations of Laplace's q, found from θ0: where steps can begin.
+
+    Raises:
+        NonFiniteLoss: a task's loss, or its curvature, is not finite there; `step` is named.
+    """
     energy = TaskEnergy(density, tasks, shared, prior)
     with torch.no_grad():
         minimum = NewtonCG().minimise(energy, prior.loc.expand(len(tasks), -1))
+    check_finite(minimum.at.value, tasks, step)
+    if not bool(minimum.at.grad.isfinite().all()):
+        raise NonFiniteLoss(non_finite_gradient(step))
     tril = laplace_scale(energy, minimum.theta, None)
     return minimum.theta, tril, minimum.gradients + 2 * prior.dim
 

@@ -256,13 +256,17 @@ class PyroNUTS(Strategy):
         The joint mode would not do: in these coordinates it lies at huge scales, without pooling.
         """
         if "start" not in state.tensors:
-            quick = fit(
-                JointVariational(steps=_QUICK_STEPS),
-                density,
-                tasks,
-                prior=state.meta.origin,
-                progress=False,
-            )
+            # As many noisy steps as lead away from the prior, and not to scales of 0: no chain
+            # should begin there. What such a fit says of itself does not concern the user.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)
+                quick = fit(
+                    JointVariational(q="diagonal", steps=_QUICK_STEPS),
+                    density,
+                    tasks,
+                    prior=state.meta.origin,
+                    progress=False,
+                )
             state.cache["counter"][0] += quick.gradients // len(tasks)
             prior, shared = quick.state.meta.fixed()
             z = (quick.posterior().mean - prior.loc) / prior.scale

@@ -504,7 +504,7 @@ class IterateTest:
         else:
             for name in ("trail", "trail_sum"):
                 tensors[name][0] = tensors[name][1]
-            longer = max(size + 1, round(size * _GROWTH))
+            longer = max(size + 1, round(size * _GROWTH)) if before else size
             count.copy_(torch.tensor([0, 0, longer, size, halvings]))
         for name in ("trail", "trail_sum"):
             tensors[name][1] = 0.0
