@@ -34,7 +34,7 @@ from varmeta.models.prior import GaussianPrior
 from varmeta.tasks import Tasks
 
 MAX_DIM = 40  # coordinates up to which full covariances are the default
-_PRODUCT = {1: 11, 2: 5}  # Gauss-Hermite points a dimension, where their product is small
+_PRODUCT = {1: 11, 2: 4}  # Gauss-Hermite points a dimension, where their product is small
 _MOST_NATURAL, _MOST_BFGS = 10, 200
 _HALVINGS = 12
 _LEAST = 0.1  # of a step's change of precision in a direction: widths grow threefold at most
@@ -51,7 +51,7 @@ class Rule:
 def quadrature(dim: int, like: Tensor) -> Rule:
     """A rule without noise for E under N(0, I) in `dim` dimensions, in the data type of `like`.
 
-    One dimension: 11 Gauss-Hermite points (degree 21); two: 5 × 5 (degree 9); more: max(32, 4 dim)
+    One dimension: 11 Gauss-Hermite points (degree 21); two: 4 × 4 (degree 7); more: max(32, 4 dim)
     antithetic Sobol points, turned so that their second moments are exact (degree 3, and close to
     the law beyond).
     """
