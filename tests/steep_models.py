@@ -34,12 +34,12 @@ KINDS: dict[str, tuple[Row, list[float]]] = {
     "Poisson": (lambda t, x: dist.Poisson(_rate(t, x)), [90, 95, 100, 105, 110, 120]),
     "no counts": (lambda t, x: dist.Poisson(_rate(t, x)), [0, 0, 0, 0, 0, 0]),
     "negative binomial": (
-        lambda t, x: dist.GammaPoisson(t[1].exp(), t[1].exp() / t[0].exp()).expand(x.shape),
+        lambda t, x: dist.NegativeBinomial(t[1].exp(), logits=t[0] - t[1]).expand(x.shape),
         [90, 3, 100, 0, 110, 12],
     ),
     "exponential": (lambda t, x: dist.Exponential(_rate(t, x)), [9, 0.1, 3, 2, 1, 0.5]),
     "Weibull": (
-        lambda t, x: dist.Weibull(_rate(t, x), 1.5),
+        lambda t, x: dist.Weibull(_rate(t / 2, x), 1.5),
         [9, 0.1, 3, 2, 1, 0.5],
     ),
     "normal with a noise of its own": (

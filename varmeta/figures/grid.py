@@ -2,10 +2,11 @@
 
     x_{t+1} = x_t − η (f′(x_t) + λ (x_t − θ0)) + √(2 η τ_t) ξ_t,    ξ_t ~ N(0, 1),    x_0 = θ0
 
-where the second term can be bounded. After one step x_1 is Gaussian. After each further one it is a mixture of Gaussians, whose integral
-over the previous place is a sum over a grid: a transition matrix. The integrands are smooth and
-vanish at both ends, where the trapezoidal sum converges faster than any power of the spacing; at
-the default of 2.5 points per standard deviation of a step's noise it is right to rounding, nearly.
+where the second term can be bounded. After one step x_1 is Gaussian. After each further one it is a
+mixture of Gaussians, whose integral over the previous place is a sum over a grid: a transition
+matrix. Without a bound the integrands are smooth and vanish at both ends, where the trapezoidal sum
+converges faster than any power of the spacing; at the default of 2.5 points per standard deviation
+of a step's noise it is right to rounding, nearly.
 The derivatives in θ0 and in the log scale s (λ = exp(−2 s)) are carried along with the law, by the
 same sums: nothing is differenced and nothing is drawn. Nothing here depends on the rest of
 varmeta, so that it can check the gradient estimators of `varmeta.Stochastic`.

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_FIRST, _LAST = 1.0, 0.2  # paces of a run without a step size
+_FIRST, _LAST = 0.8, 0.1  # paces of a run without a step size
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,11 @@ class RandomDescent:
         step_size: one number for all coordinates, units of θ² per nat (P = step_size · I); None for
             P_t = η_t |∇²E_i(θ̂_i)|⁻¹, so that every task moves at its own pace (up to 200
             coordinates). θ̂_i is where a descent from θ0 by Newton steps comes to rest, and η_t
-            falls from 1, at which a run forgets its start, to 0.2, from step to step by the same
-            factor; beyond the run it stays there. P belongs to the algorithm: no gradient is taken
-            of it. Finite steps widen the stationary law: by a factor 1/(1 − step·curvature/2) in
-            variance on a quadratic, 1.11 at a pace of 0.2 and 1.13 where a default run ends.
+            falls from 0.8 to 0.1, from step to step by the same factor; beyond the run it stays
+            there. On a quadratic a run of 25 steps keeps 5e-6 of the distance at which it began.
+            P belongs to the algorithm: no gradient is taken of it. Finite steps widen the
+            stationary law: by a factor 1/(1 − step·curvature/2) in variance on a quadratic, and
+            by 1.07 where a default run ends.
         temperature: τ of the injected noise; 1 samples the posterior, 0 injects none. Several
             numbers are a schedule, one for each step: `numpy.geomspace(4, 1, 25)`.
         momentum: μ of the heavy ball, in [0, 1).

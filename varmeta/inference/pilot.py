@@ -37,9 +37,10 @@ def curvature_at_rest(
     """Go down from `start` `[T, D]` by Newton steps, and take the curvature there.
 
     A step divides by the size of the curvature along each of its directions, so that it goes down
-    at a saddle too (Dauphin et al. 2014, saddle-free Newton); it is at most 3 prior standard
-    deviations long, and halved until E falls as it should. It ends where a step would gain less
-    than 0.01 nats, whatever the units of θ. A task that is not finite has NaN for its curvature.
+    at a saddle too (Dauphin et al. 2014, saddle-free Newton); along each it is at most 3 prior
+    standard deviations long, and it is halved until E falls as it should. It ends where a step
+    would gain less than 0.01 nats, whatever the units of θ. A task that is not finite has NaN for
+    its curvature.
 
     Args:
         energy: E, from `[T, D]` to `[T]` nats.
@@ -59,11 +60,12 @@ def curvature_at_rest(
         size, slope = torch.maximum(values.abs(), floor), scale * at.grad.detach()
         usable = torch.where(size.isfinite(), size, 1.0)  # else the prior's curvature, for now
         count += 1 + 2 * len(eye)
-        move = -torch.einsum("tij,tj,tkj,tk->ti", vectors, 1 / usable, vectors, slope)
-        active = ((-move * slope).sum(-1) > 2 * _GAIN) & ~stalled
+        along = torch.einsum("tij,ti->tj", vectors, slope)
+        active = ((along**2 / usable).sum(-1) > 2 * _GAIN) & ~stalled
         if iteration == _MOST or not bool(active.any()):
             break
-        move = move * (_LONGEST / move.abs().amax(-1, keepdim=True)).clamp(max=1.0)
+        each = (-along / usable).clamp(-_LONGEST, _LONGEST)
+        move = torch.einsum("tij,tj->ti", vectors, each)
         expected = _ARMIJO * (move * slope).sum(-1)
         length, good = torch.ones_like(expected), torch.zeros_like(stalled)
         for _ in range(_HALVINGS):
