@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
 
 import numpy as np
 import pyro
@@ -241,9 +240,7 @@ def test_a_clipped_run_is_differentiated_run_by_run(name: str) -> None:
     for k in range(point.size):
         step = point.zeros()
         step[k] = 1e-6
-        up, down = (
-            loss(chain.run(x), point.moved(x)[1]).detach() for x in (step, -step)
-        )
+        up, down = (loss(chain.run(x), point.moved(x)[1]).detach() for x in (step, -step))
         torch.testing.assert_close((up - down) / 2e-6, each[..., k], rtol=1e-5, atol=1e-6)
     theta = before = chain.start()
     for t in range(BENT[name].run_length):
@@ -295,7 +292,7 @@ def test_a_task_that_is_not_finite_is_named_and_alone() -> None:
     losses, _ = strategy.losses(density, prior, density.shared_init, tasks, torch.Generator())
     assert losses.isfinite().tolist() == [True, False]
     good = fit(strategy, Density(broken, tasks.select([0])), tasks.select([0]))
-    with pytest.raises(NonFiniteLoss, match="'broken'.*clip"):
+    with pytest.raises(NonFiniteLoss, match=r"'broken'.*clip"):
         good.adapt(tasks)
 
 

@@ -121,7 +121,8 @@ class Chain:
     def linear(self, t: int, theta: Tensor, before: Tensor, *, curved: bool) -> Slope:
         """The mean of step t as a function of x_t and x, linearised; x_{t−1} acts by −μ.
 
-        A coordinate whose move is clipped stays where it is but for a constant. Without `curved` nothing is known of its dependence on x_t, and no second derivative taken.
+        A coordinate whose move is clipped stays where it is but for a constant. Without `curved`
+        nothing is known of its dependence on x_t, and no second derivative taken.
         """
         grad, pull = self.slope(theta, t=t, curved=curved)
         mean, free = self._mean(t, theta, before, grad)
