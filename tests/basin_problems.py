@@ -72,6 +72,7 @@ def law(task: int, loc: float, algorithm: Langevin) -> grid.Law:
         algorithm.step_size or 0.0,
         np.array(algorithm.temperatures),
         algorithm.run_length,
+        bound=algorithm.clip,
     )
     return chain.law(loc, (-6.0, 6.0), resolution=4)
 

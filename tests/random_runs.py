@@ -51,9 +51,16 @@ NOISE = {wells: 0.7, waves: 1.0}
 
 
 def exact_gradient(
-    model: Callable[..., Tensor], loc: float, algorithm: RandomDescent, scale: float = 1.0
+    model: Callable[..., Tensor],
+    loc: float,
+    algorithm: RandomDescent,
+    scale: float = 1.0,
+    resolution: float = 4,
 ) -> tuple[float, np.ndarray]:
-    """E g(x_K) and its derivatives in θ0 and the log scale, by the transition matrix."""
+    """E g(x_K) and its derivatives in θ0 and the log scale, by the transition matrix.
+
+    Where a bound acts in the bulk, 20 points for each standard deviation of the noise.
+    """
     assert algorithm.step_size is not None
     chain = grid.Chain(
         SLOPES[model],
@@ -61,13 +68,14 @@ def exact_gradient(
         temperature=np.array(algorithm.temperatures),
         run_length=algorithm.run_length,
         precision=scale**-2,
+        bound=None if algorithm.clip is None else algorithm.clip * scale,
     )
     sd = NOISE[model]
 
     def query(x: np.ndarray) -> np.ndarray:
         return 0.5 * (1 - x) ** 2 / sd**2 + 0.5 * np.log(2 * np.pi * sd**2)
 
-    law = chain.law(loc, (-5.0, 5.0), resolution=4)
+    law = chain.law(loc, (-5.0, 5.0), resolution=resolution)
     return law.expectation(query), law.gradient(query)
 
 

@@ -195,7 +195,8 @@ def test_what_went_wrong_is_said() -> None:
         descent = descend(chain, crest)
     assert bool(descent.saddle) and torch.equal(descent.theta, crest)
     with pytest.raises(NonFiniteLoss, match=r"'wave 0' is not finite: .*step_size"):
-        find_basins(density, prior_at(LOC), tasks, algorithm=Langevin(500, 50.0), particles=5)
+        wild = Langevin(500, 50.0, clip=None)
+        find_basins(density, prior_at(LOC), tasks, algorithm=wild, particles=5)
     with pytest.raises(ValueError, match="at least 2, got 1"):
         find_basins(density, prior_at(LOC), tasks, algorithm=NOISY, particles=1)
     with pytest.raises(ValueError, match="longest must be positive, got 0"):

@@ -249,3 +249,33 @@ def test_a_toy_out_of_shape_is_refused() -> None:
         descend(Toy(centre=9.0, heights=(0.0, 0.0)), [2.0], precision=0.01)
     with pytest.raises(ValueError, match="like must be a single task"):
         draw_tasks(2, like=draw_tasks(2))
+
+
+def test_a_bound_on_the_steps_against_draws_and_differences() -> None:
+    """The bound acts on most of the steps; it stays where it is while θ0 and s move."""
+    chosen = {"bound": 0.04, "run_length": 15}
+    toy, loc, scale = Toy(), 0.6, 0.1
+    law = chain(scale, **chosen).law(loc, LIMITS, resolution=25)
+    source, x, count = np.random.default_rng(0), np.full(200_000, loc), 0.0
+    for _ in range(15):
+        move = 0.05 * (toy.slope(x) + math.exp(-2 * scale) * (x - loc))
+        count += (np.abs(move) > 0.04).mean() / 15
+        x = x - np.clip(move, -0.04, 0.04) + np.sqrt(2 * 0.05 * 0.3) * source.normal(size=x.shape)
+    assert 0.5 < count < 0.9
+    error = query(x).std() / len(x) ** 0.5
+    assert abs(law.expectation(query) - query(x).mean()) < ERRORS * error
+
+    def value(loc: float, scale: float) -> float:
+        return chain(scale, **chosen).law(loc, (-3.5, 4.5), resolution=60).expectation(query)
+
+    h = 3e-3
+    by_loc = (value(loc + h, scale) - value(loc - h, scale)) / (2 * h)
+    by_scale = (value(loc, scale + h) - value(loc, scale - h)) / (2 * h)
+    # Sums are right to the square of the spacing; as kinks move through cells, differences to it.
+    assert law.gradient(query) == pytest.approx([by_loc, by_scale], rel=0.01)
+    coarse = chain(scale, **chosen).law(loc, LIMITS, resolution=12)
+    assert law.gradient(query) == pytest.approx(coarse.gradient(query), rel=2e-3)
+    far = chain(scale, run_length=15, bound=50.0).law(loc, LIMITS).gradient(query)
+    assert far == pytest.approx(chain(scale, run_length=15).law(loc, LIMITS).gradient(query))
+    with pytest.raises(ValueError, match="bound must be positive or None, got 0"):
+        chain(bound=0.0)

@@ -2,10 +2,11 @@
 
     x_{t+1} = x_t − η (f′(x_t) + λ (x_t − θ0)) + √(2 η τ_t) ξ_t,    ξ_t ~ N(0, 1),    x_0 = θ0
 
-After one step x_1 is Gaussian. After each further one it is a mixture of Gaussians, whose integral
-over the previous place is a sum over a grid: a transition matrix. The integrands are smooth and
-vanish at both ends, where the trapezoidal sum converges faster than any power of the spacing; at
-the default of 2.5 points per standard deviation of a step's noise it is right to rounding, nearly.
+where the second term can be bounded. After one step x_1 is Gaussian. After each further one it is a
+mixture of Gaussians, whose integral over the previous place is a sum over a grid: a transition
+matrix. Without a bound the integrands are smooth and vanish at both ends, where the trapezoidal sum
+converges faster than any power of the spacing; at the default of 2.5 points per standard deviation
+of a step's noise it is right to rounding, nearly.
 The derivatives in θ0 and in the log scale s (λ = exp(−2 s)) are carried along with the law, by the
 same sums: nothing is differenced and nothing is drawn. Nothing here depends on the rest of
 varmeta, so that it can check the gradient estimators of `varmeta.Stochastic`.
@@ -54,6 +55,10 @@ class Chain:
             `varmeta.GaussianPrior` it is exp(−2 s).
         curvature: f″, needed at θ0 alone (x_0 = θ0, so that x_1 moves by 1 − η f″(θ0)). Default: a
             difference of `slope` of order six, right to about 1e-11.
+        bound: the gradient moves x by no more than this in a step, in units of θ; it stays where it
+            is while θ0 and s move. None for no bound. Where it begins to act the mean of a step has
+            a kink, and a sum over the grid is right to the square of the spacing: raise the
+            resolution.
 
     Raises:
         ValueError: a number out of range, or temperatures that are not one per step.
@@ -65,6 +70,7 @@ class Chain:
     run_length: int
     precision: float = 1.0
     curvature: Function | None = None
+    bound: float | None = None
 
     def __post_init__(self) -> None:
         if self.run_length < 1:
@@ -72,6 +78,8 @@ class Chain:
         for name in ("step_size", "precision"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.bound is not None and not self.bound > 0:
+            raise ValueError(f"bound must be positive or None, got {self.bound}")
         shape = np.shape(self.temperature)
         if shape not in ((), (self.run_length,)):
             raise ValueError(
@@ -99,19 +107,19 @@ class Chain:
         points = self._grid(limits, float(sds.min()), resolution)
         width = float(points[1] - points[0])
         pull = self.step_size * self.precision
-        centres = (
-            points - self.step_size * np.asarray(self.slope(points)) - pull * (points - anchor)
-        )
+        move, free = self._move(points, anchor, cells=True)
+        centres = points - move
         stretch = np.abs(np.gradient(centres, width))
-        moves = np.stack([np.full_like(points, pull), 2 * pull * (points - anchor)])
+        moves = free * np.stack([np.full_like(points, pull), 2 * pull * (points - anchor)])
         start = np.array([float(anchor)])
+        first, follows = self._move(start, anchor)
         law = Law(
             points,
             np.ones(1),
-            start - self.step_size * np.asarray(self.slope(start)),
+            start - first,
             float(sds[0]),
             np.zeros((2, 1)),
-            np.array([[1 - self.step_size * self._curvature(start)], [0.0]]),
+            np.array([1 - follows * self.step_size * self._curvature(start), [0.0]]),
         )
         kernel, tilted, kernel_sd = points, points, 0.0
         for step in range(1, self.run_length):
@@ -129,6 +137,21 @@ class Chain:
     ) -> list[Law]:
         """`law` at each of `anchors`, `[A]`."""
         return [self.law(float(a), limits, resolution) for a in np.ravel(anchors)]
+
+    def _move(self, x: Array, anchor: float, cells: bool = False) -> tuple[Array, Array]:
+        """By how much the gradient moves x, `[N]`; the share of the cell around it not bounded."""
+        move = self.step_size * (
+            np.asarray(self.slope(x), dtype=np.float64) + self.precision * (x - anchor)
+        )
+        if self.bound is None:
+            return move, np.ones_like(move)
+        beyond = self.bound - np.abs(move)
+        free = (beyond >= 0).astype(np.float64)
+        if cells:  # of a cell in which the bound begins to act, by a line through the move
+            across = np.abs(np.gradient(move))
+            free = np.clip(beyond / np.where(across > 0, across, 1.0) + 0.5, 0.0, 1.0)
+            free = np.where(across > 0, free, beyond >= 0)
+        return np.clip(move, -self.bound, self.bound), free
 
     def _grid(self, limits: tuple[float, float], noise: float, resolution: float) -> Array:
         low, high = limits

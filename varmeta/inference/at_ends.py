@@ -64,7 +64,7 @@ class StationaryCovariance(_Heated):
 
     Biased unless runs have mixed: of a run that stays in the basin where it began, it knows of the
     basin's place alone. Finite steps widen the law (see `RandomDescent`), and the covariance with
-    it: by 1/(1 − step · curvature/2) on a quadratic, 1.11 at the default step. Random rows heat it
+    it: by 1/(1 − step · curvature/2) on a quadratic, 1.07 by default. Random rows heat it
     further, by an amount that is not known. Its variance grows as 1/τ.
 
     Cost: a gradient evaluation a step and two at the end; no second derivatives.

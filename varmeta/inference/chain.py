@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from varmeta.inference.descent import RandomDescent
-from varmeta.inference.laplace import MAX_DIM, hessian
+from varmeta.inference.laplace import MAX_DIM
 from varmeta.inference.noise import Noise
+from varmeta.inference.pilot import curvature_at_rest
 from varmeta.inference.point import Point
 from varmeta.models.density import Density
 from varmeta.models.derivatives import twice_differentiable
@@ -89,7 +90,7 @@ class Chain:
     ) -> tuple[Tensor, Tensor]:
         """x_{t+1} and x_t from x_t and x_{t−1}, `[S, T, D]` each; nothing is differentiated."""
         with torch.no_grad():
-            mean = self._mean(theta, before, self._slope(t, theta, self._x(x)))
+            mean, _ = self._mean(t, theta, before, self._slope(t, theta, self._x(x)))
             return mean + self.shock(t), theta
 
     def run(self, x: Tensor | None = None) -> Tensor:
@@ -100,29 +101,39 @@ class Chain:
         return theta
 
     def shock(self, t: int) -> Tensor:
-        """√(2τ_t) R ξ_t, `[S, T, D]`."""
+        """σ_t R ξ_t, `[S, T, D]`."""
         if self.sigma(t) == 0:
             return self.point.prior.loc.new_zeros(())
         return self.sigma(t) * self.root(self.noise.normal(t))
 
     def sigma(self, t: int) -> float:
-        """√(2τ_t)."""
+        """σ_t = √(2τ_tη_t)."""
         schedule = self.algorithm.temperatures
-        return float((2 * schedule[min(t, len(schedule) - 1)]) ** 0.5)
+        return float((2 * schedule[min(t, len(schedule) - 1)] * self.pace(t)) ** 0.5)
+
+    def pace(self, t: int) -> float:
+        """η_t: P_t = η_t R Rᵀ."""
+        paces = self.algorithm.paces
+        return paces[min(t, len(paces) - 1)]
 
     # -- derivatives ------------------------------------------------------------------------------
 
     def linear(self, t: int, theta: Tensor, before: Tensor, *, curved: bool) -> Slope:
         """The mean of step t as a function of x_t and x, linearised; x_{t−1} acts by −μ.
 
-        Without `curved` nothing is known of its dependence on x_t, and no second derivative taken.
+        A coordinate whose move is clipped stays where it is but for a constant. Without `curved`
+        nothing is known of its dependence on x_t, and no second derivative taken.
         """
         grad, pull = self.slope(theta, t=t, curved=curved)
-        mean = self._mean(theta, before, grad)
-        momentum = self.algorithm.momentum
+        mean, free = self._mean(t, theta, before, grad)
+        momentum, pace = self.algorithm.momentum, self.pace(t)
 
         def back(v: Tensor) -> tuple[Tensor, Tensor]:
-            along, rest = pull(-self.root(self.root.T(v)))
+            v_free = v if free is None else torch.where(free, v, 0.0)
+            along, rest = pull(-pace * self.root(self.root.T(v_free)))
+            if free is not None:  # no derivative, be that of the loss too large for a number
+                none = ~free.any(-1, keepdim=True)
+                along, rest = along.masked_fill(none, 0.0), rest.masked_fill(none, 0.0)
             return (1 + momentum) * v + along, rest
 
         return Slope(mean, back)
@@ -182,7 +193,7 @@ class Chain:
 
     @cached_property
     def root(self) -> Root:
-        """R with R Rᵀ = P."""
+        """R, with P_t = η_t R Rᵀ."""
         prior, dim = self.point.prior, self.density.dim
         if self.algorithm.step_size is not None:
             return Root(self.algorithm.step_size**-0.5 * torch.ones_like(prior.loc))
@@ -196,20 +207,27 @@ class Chain:
             loss = self.density.negative_log_likelihood(theta, self.tasks, self.shared)
             return loss + prior.penalty(theta)
 
-        self.gradients += 2 * dim
-        at_start = hessian(energy, prior.loc.expand(len(self.tasks), -1)).detach()
-        values, vectors = torch.linalg.eigh(at_start)
-        floor = 1e-6 * values.abs().amax(-1, keepdim=True)
-        return Root((values.abs().clamp(min=floor) / 0.2).sqrt(), vectors)
+        start = prior.loc.expand(len(self.tasks), -1)
+        values, vectors, gradients = curvature_at_rest(energy, start, prior.scale)
+        self.gradients += gradients
+        return Root(values.sqrt(), vectors, prior.scale)
 
     def _x(self, x: Tensor | None) -> Tensor:
         return self.point.zeros() if x is None else x
 
-    def _mean(self, theta: Tensor, before: Tensor, grad: Tensor) -> Tensor:
-        mean = theta - self.root(self.root.T(grad))
+    def _mean(
+        self, t: int, theta: Tensor, before: Tensor, grad: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The mean of x_{t+1}, and which coordinates' moves are within the bound (None: all)."""
+        move, free = self.pace(t) * self.root(self.root.T(grad)), None
+        if self.algorithm.clip is not None:
+            bound = self.algorithm.clip * self.point.prior.scale
+            free = move.abs() <= bound
+            move = torch.maximum(torch.minimum(move, bound), -bound)
+        mean = theta - move
         if self.algorithm.momentum:
             mean = mean + self.algorithm.momentum * (theta - before)
-        return mean
+        return mean, free
 
     def _slope(self, t: int, theta: Tensor, x: Tensor) -> Tensor:
         self.gradients += self.particles
@@ -244,29 +262,33 @@ class Slope(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Root:
-    """R = V diag(1/s), applied to `[..., T, D]`; `s`: `[D]` or `[T, D]`, `vectors`: `[T, D, D]`.
+    """R = diag(u) V diag(1/s), applied to `[..., T, D]`.
 
-    Without vectors V = I.
+    Attributes:
+        s: `[D]` or `[T, D]`.
+        vectors: V, `[T, D, D]`; None for I.
+        unit: u, `[D]`, or 1.
     """
 
     s: Tensor
     vectors: Tensor | None = None
+    unit: Tensor | float = 1.0
 
     def __call__(self, v: Tensor) -> Tensor:
         """Rv."""
-        return self._turn("tij,...tj->...ti", v / self.s)
+        return self.unit * self._turn("tij,...tj->...ti", v / self.s)
 
     def T(self, v: Tensor) -> Tensor:
         """Rᵀv."""
-        return self._turn("tji,...tj->...ti", v) / self.s
+        return self._turn("tji,...tj->...ti", self.unit * v) / self.s
 
     def inverse(self, v: Tensor) -> Tensor:
         """R⁻¹v."""
-        return self._turn("tji,...tj->...ti", v) * self.s
+        return self._turn("tji,...tj->...ti", v / self.unit) * self.s
 
     def inverse_T(self, v: Tensor) -> Tensor:
         """R⁻ᵀv."""
-        return self._turn("tij,...tj->...ti", v * self.s)
+        return self._turn("tij,...tj->...ti", v * self.s) / self.unit
 
     def _turn(self, how: str, v: Tensor) -> Tensor:
         return v if self.vectors is None else torch.einsum(how, self.vectors, v)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from varmeta.inference.chain import Chain, Slope
 from varmeta.inference.estimators import Attached, Path, Weighted, on_loc
+from varmeta.inference.pilot import eigh
 
 FULL = 8  # coordinates up to which the gate sees all of the curvature
 _WARM_UP = 3  # power iterations before the first step: the subspace is only followed after that
@@ -102,13 +103,13 @@ class Gated(Path):
     def pull(self, linear: Slope, score: Tensor) -> tuple[Tensor, Tensor]:
         """See `Path.pull`; nothing new where the subspace is all there is."""
         pulled = [self._turned(linear, v) for v in self.basis]
-        turned = torch.stack([a for a, _ in pulled])  # A V, since A is symmetric
+        turned = torch.stack([a for a, _ in pulled])  # Aᵀ V
         direct = torch.stack([r for _, r in pulled], dim=-2)  # Vᵀ∂m/∂x
         self._pulled = turned, direct
         if self.rank < self.chain.density.dim:
             return linear.pull(score)
         root, white = self.chain.root, self.chain.root.T(score)  # V = I
-        along = torch.einsum("kstd,stk->std", turned, white)
+        along = torch.einsum("kstd,stk->std", turned, white)  # Aᵀ applied to it
         return root.inverse_T(along), torch.einsum("stkn,stk->stn", direct, white)
 
     def advance(self, t: int, linear: Slope, along: Tensor) -> Attached:
@@ -117,7 +118,7 @@ class Gated(Path):
         turned, direct = self._pulled
         matrix = inner(self.basis, turned) - momentum * _eye(self.basis)
         matrix = 0.5 * (matrix + matrix.mT)
-        anchor = prior_rate(chain)
+        anchor = prior_rate(chain, t)
         gated = gate(matrix, 1 - self.slowest * anchor)
         after = gated @ self.inside + direct
         if momentum:
@@ -144,7 +145,11 @@ class Gated(Path):
     # -- parts ------------------------------------------------------------------------------------
 
     def _turned(self, linear: Slope, v: Tensor) -> tuple[Tensor, Tensor]:
-        """In whitened coordinates: A v, and vᵀ∂m/∂x."""
+        """In whitened coordinates: Aᵀv, and vᵀ∂m/∂x.
+
+        A is symmetric where no move is clipped. Elsewhere the gate looks at its symmetric part, and
+        the subspace follows Aᵀ; what a step contributes is exact all the same, whatever they are.
+        """
         along, rest = linear.pull(self.chain.root.inverse_T(v))
         return self.chain.root.T(along), rest
 
@@ -176,21 +181,24 @@ class Gated(Path):
 
 
 def gate(matrix: Tensor, most: Tensor) -> Tensor:
-    """`[S, T, k, k]`, the same eigenvectors, no eigenvalue above `most` `[T]` in size."""
+    """`[S, T, k, k]`, the same eigenvectors, no eigenvalue above `most` `[T]` in size.
+
+    NaN where the matrix is not finite, for the loss of that run to be found to be so.
+    """
     most = most[:, None]
     if matrix.shape[-1] == 1:
         return matrix.clamp(-most[..., None], most[..., None])
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = eigh(matrix)
     values = torch.maximum(torch.minimum(values, most), -most)
     return (vectors * values[..., None, :]) @ vectors.mT
 
 
-def prior_rate(chain: Chain) -> Tensor:
-    """Mean eigenvalue of RᵀΛR, `[T]`: how fast the prior alone contracts."""
-    root, precision = chain.root, chain.point.prior.scale**-2
+def prior_rate(chain: Chain, t: int) -> Tensor:
+    """Mean eigenvalue of η_t RᵀΛR, `[T]`: how fast the prior alone contracts in step t."""
+    root, precision = chain.root, chain.point.prior.scale**-2 * chain.pace(t)
     if root.vectors is None:
         return (precision / root.s**2).mean(-1).expand(len(chain.tasks))
-    turned = torch.einsum("tji,j->ti", root.vectors**2, precision)
+    turned = torch.einsum("tji,j->ti", root.vectors**2, precision * root.unit**2)
     return (turned / root.s**2).mean(-1)
 
 

@@ -62,7 +62,7 @@ class GatedPathwise(Pathwise):
         turned = turned - momentum * basis
         matrix = inner(basis, turned)
         matrix = 0.5 * (matrix + matrix.mT)
-        taken = matrix - gate(matrix, 1 - self.slowest * prior_rate(chain))
+        taken = matrix - gate(matrix, 1 - self.slowest * prior_rate(chain, t))
         score = chain.noise.normal(t) / chain.sigma(t)
         removed = root.inverse_T(_within(basis, taken, score))
         after = linear.value + chain.shock(t)

@@ -54,7 +54,7 @@ def descend(chain: Chain, ends: Tensor, minimiser: Minimiser | None = None) -> D
         raise NonFiniteLoss(
             f"the loss of task {tasks.names[int(bad.nonzero()[0])]!r} is not finite: particles "
             f"went off to infinity ({int(bad.sum())} of {len(tasks)} tasks). Lower the algorithm's "
-            "step_size"
+            "step_size, or give it a clip"
         )
 
     def energy(theta: Tensor) -> Tensor:  # a particle is a row of its own

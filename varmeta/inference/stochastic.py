@@ -8,11 +8,14 @@ estimators of its gradient are in `estimators.py`.
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from varmeta.importance import smooth
 from varmeta.inference.base import Batch, NonFiniteLoss, State
 from varmeta.inference.chain import Chain
 from varmeta.inference.descent import Langevin, RandomDescent
@@ -26,6 +29,7 @@ from varmeta.posterior import Draws, TaskPosterior
 from varmeta.tasks import Tasks, TaskSource
 
 _log = logging.getLogger("varmeta")
+_ENOUGH = 100  # runs from which the tail of their losses can be told
 
 
 def default_estimator(algorithm: RandomDescent, dim: int) -> Estimator:
@@ -71,6 +75,9 @@ def meta_gradient(
 
     Raises:
         ValueError: an estimator that does not work with this algorithm or so many particles.
+        NonFiniteLoss: naming the task, where runs end at a loss that is not finite, or (with
+            `clip=None` and at least 100 particles) where the tail of their losses says that they
+            have no finite expectation.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -90,11 +97,58 @@ def meta_gradient(
     shared = density.shared_init if shared is None else shared
     point = Point.of(density, prior, shared)
     chain = Chain(algorithm, density, point, tasks.support, particles, seed, antithetic)
+    found = _estimated(chain, tasks.query, estimator)
+    require_expectation(found.losses, tasks, algorithm)
+    return found
+
+
+def _estimated(chain: Chain, query: Tasks, estimator: Estimator) -> MetaGradientEstimate:
+    """`meta_gradient` as it comes, finite or not."""
 
     def loss(theta: Tensor, phi: Tensor) -> Tensor:
-        return density.negative_log_likelihood(theta, tasks.query, phi)
+        return chain.density.negative_log_likelihood(theta, query, phi)
 
-    return MetaGradientEstimate(estimator.estimate(chain, loss), point, estimator, chain.gradients)
+    found = estimator.estimate(chain, loss)
+    return MetaGradientEstimate(found, chain.point, estimator, chain.gradients)
+
+
+def require_expectation(losses: Tensor, tasks: Tasks, algorithm: RandomDescent) -> None:
+    """See that losses `[S, T]` where runs end, in nats, can have an expectation.
+
+    With a bound on the steps all increments are bounded or Gaussian, so that any loss which grows
+    slower than exp(c‖θ‖²) for every c has one. Without it the tail of 100 or more losses is fitted
+    (Pareto k, see `varmeta.evidence`): above order 1/k there are no moments. Fewer say nothing.
+
+    Raises:
+        NonFiniteLoss: a loss is not finite; k − 2 standard errors is above 1.
+    """
+    bad = ~losses.isfinite()
+    if bool(bad.any()):
+        raise NonFiniteLoss(
+            f"{_first(bad.any(0), tasks)} is not finite where {int(bad.sum())} of {bad.numel()} "
+            "runs end. Lower the algorithm's step_size or give it a clip, tighten the model's "
+            "priors, or check this task's data"
+        )
+    if algorithm.clip is not None or len(losses) < _ENOUGH:
+        return
+    values = losses.detach().double().cpu().numpy()
+    away = np.abs(values - np.median(values, axis=0))
+    with np.errstate(divide="ignore"):
+        _, k = smooth(np.log(away).T)
+    tail = int(min(len(losses) / 5, 3 * len(losses) ** 0.5))  # what k is fitted to
+    heavy = torch.from_numpy(np.isfinite(k) & (k - 2 * (1 + k) / math.sqrt(tail) > 1))
+    if bool(heavy.any()):
+        raise NonFiniteLoss(
+            f"{_first(heavy, tasks)} has no finite expectation where runs end: the tail of "
+            f"{len(losses)} of them has a Pareto k of {float(k[heavy.numpy()].max()):.1f}, wanted "
+            "below 1. Bound the algorithm's steps (clip=3.0), or lower its step_size or temperature"
+        )
+
+
+def _first(which: Tensor, tasks: Tasks) -> str:
+    """Of `[T]` bool the first task's name, and how many there are."""
+    name = tasks.names[int(which.nonzero()[0])]
+    return f"the loss of task {name!r} ({int(which.sum())} of {len(tasks)} tasks)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,17 +277,9 @@ class Stochastic(MetaGradient):
     def _losses(
         self, density: Density, prior: GaussianPrior, shared: Tensor, tasks: Tasks, seed: int
     ) -> tuple[Tensor, MetaGradientEstimate]:
-        result = meta_gradient(
-            density,
-            prior,
-            tasks,
-            algorithm=self.algorithm,
-            estimator=self.estimator,
-            shared=shared,
-            particles=self.particles,
-            antithetic=self.antithetic,
-            seed=seed,
-        )
+        point, runs = Point.of(density, prior, shared), self.particles
+        chain = Chain(self.algorithm, density, point, tasks.support, runs, seed, self.antithetic)
+        result = _estimated(chain, tasks.query, self.estimator_for(density.dim))
         x = result.point.at(prior, shared)  # 0, with the way back to prior and φ
         return result.losses.mean(0) + result.estimate.mean @ x, result
 
@@ -253,7 +299,11 @@ class Stochastic(MetaGradient):
     def adapt(
         self, density: Density, state: State, tasks: Tasks, generator: torch.Generator
     ) -> TaskPosterior:
-        """Where runs of the algorithm end, or pass after their end (`thin`)."""
+        """Where runs of the algorithm end, or pass after their end (`thin`).
+
+        Raises:
+            NonFiniteLoss: as `meta_gradient`.
+        """
         prior, shared = state.meta.fixed()
         point = Point.of(density, prior, shared)
         runs = self.draws if self.thin is None else self.chains
@@ -262,6 +312,9 @@ class Stochastic(MetaGradient):
             draws = chain.run()
         else:
             draws = chain.path(self.draws // self.chains, self.thin).flatten(0, 1)
+        with torch.no_grad():
+            losses = density.negative_log_likelihood(draws, tasks, shared)
+        require_expectation(losses, tasks, self.algorithm)
         return Draws(density, tasks.names, shared, draws, num_chains=self.chains)
 
 
