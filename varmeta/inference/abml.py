@@ -13,7 +13,7 @@ hyperprior is that of every strategy here; theirs is normal on the mean, gamma o
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,12 +28,32 @@ from varmeta.inference.minimise import FirstOrder, GradientDescent
 from varmeta.inference.prox import ProxInfo, Unrolled, prox
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
+from varmeta.models.programs import Linearised
 from varmeta.posterior import Gaussian, TaskPosterior
 from varmeta.tasks import Tasks, TaskSource
 
 
 def _steps() -> FirstOrder:
     return GradientDescent(step_size=0.01, max_iterations=10, tolerance=0)
+
+
+@dataclass(frozen=True, eq=False)
+class _Natural(FunctionEnergy):
+    """A function of (mean, log sd) of Gaussians in units given, its gradient the natural one."""
+
+    def gradient(self, theta: Tensor) -> Tensor:
+        """∇E through the inverse Fisher matrix of N(mean, sd²): sd² for the mean, ½ for log sd."""
+        return _inverse_fisher(theta) * super().gradient(theta)
+
+    def linearise(self, theta: Tensor, *, gauss_newton: bool = False) -> Linearised:
+        """See `Energy`; the gradient is the natural one."""
+        at = super().linearise(theta, gauss_newton=gauss_newton)
+        return replace(at, grad=_inverse_fisher(theta) * at.grad)
+
+
+def _inverse_fisher(theta: Tensor) -> Tensor:
+    log_sd = theta[..., theta.shape[-1] // 2 :]
+    return torch.cat([(2 * log_sd).exp(), torch.full_like(log_sd, 0.5)], -1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +77,7 @@ class ABML(MetaGradient):
 
     minimiser: FirstOrder = field(default_factory=_steps)
     samples: int = 8
+    natural: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,9 +116,13 @@ class ABML(MetaGradient):
             return free_energy(density, prior, shared, tasks, GaussianQ(*moments(moved)), noise)
 
         start = prior.loc.new_zeros(len(tasks), 2 * prior.dim)
-        moved, info = prox(
-            FunctionEnergy(inner), start, minimiser=self.minimiser, adjoint=Unrolled()
-        )
+        unit = torch.ones_like(start[0])  # (mean, log sd) is in units of the prior's sd
+        if self.natural:
+            energy: FunctionEnergy = _Natural(inner, unit=unit)
+        else:
+            rows = tasks.num_rows.clamp(min=1).to(start)
+            energy = FunctionEnergy(inner, rows, unit)
+        moved, info = prox(energy, start, minimiser=self.minimiser, adjoint=Unrolled())
         info.gradients *= len(noise)
         return *moments(moved), info
 

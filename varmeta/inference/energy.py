@@ -48,9 +48,17 @@ class Energy(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class FunctionEnergy:
-    """An energy from any function `[T, D]` to `[T]`, by autograd."""
+    """An energy from any function `[T, D]` to `[T]`, by autograd.
+
+    Attributes:
+        function: the energies, nats.
+        rows: `[T]`, of how many rows each is a sum; None for one.
+        unit: `[D]`, what a step's length is measured by; None for nothing.
+    """
 
     function: Callable[[Tensor], Tensor]
+    rows: Tensor | None = None
+    unit: Tensor | None = None
 
     def __call__(self, theta: Tensor) -> Tensor:
         """See `Energy`."""
@@ -103,12 +111,15 @@ class TaskEnergy:
         tasks: T tasks.
         shared: φ `[P]`.
         prior: N(θ0, Σ), or None.
+        around: N(θ0, Σ) that is no part of the energy, for the length of steps alone; `prior` where
+            that is given.
     """
 
     density: Density
     tasks: Tasks
     shared: Tensor
     prior: GaussianPrior | None = None
+    around: GaussianPrior | None = None
 
     def __call__(self, theta: Tensor) -> Tensor:
         """`[..., T, D]` to `[..., T]` nats, differentiable as often as the model is."""
@@ -146,6 +157,21 @@ class TaskEnergy:
         """E `[T]` and its first derivative in θ, prior and φ, all from one program."""
         out: Tensor = _Loss.apply(self._programs, theta, *self._parameters)
         return out
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """`[T]`, the rows of each task, at least 1."""
+        return self.tasks.num_rows.clamp(min=1).to(self.shared.dtype)
+
+    @property
+    def unit(self) -> Tensor | None:
+        """`[D]`, the prior's standard deviations, by which the length of steps is measured."""
+        prior = self.prior or self.around
+        if prior is None:
+            return None
+        if prior.factor is None:
+            return prior.scale
+        return (prior.scale**2 + prior.factor.square().sum(-1)).sqrt()
 
     @cached_property
     def _parameters(self) -> list[Tensor]:

@@ -91,9 +91,7 @@ class MAML(MetaGradient):
     ) -> tuple[Tensor, ProxInfo]:
         """g_i(θ_i^K) per task, nats: `[T]`, differentiable in the prior and φ; and how it went."""
         theta, info = prox(
-            TaskEnergy(
-                density, self.rows_inside(tasks), shared, prior if self.with_prior else None
-            ),
+            self._energy(density, self.rows_inside(tasks), shared, prior),
             prior.loc.expand(len(tasks), -1),
             minimiser=minimiser or self.minimiser,
             adjoint=self.adjoint,
@@ -112,11 +110,18 @@ class MAML(MetaGradient):
     ) -> TaskPosterior:
         """θ_i^K as a point: the same steps as in training, on all rows."""
         prior, shared = state.meta.fixed()
-        energy = TaskEnergy(density, tasks, shared, prior if self.with_prior else None)
+        energy = self._energy(density, tasks, shared, prior)
         start = prior.loc.expand(len(tasks), -1)
         with torch.no_grad():
             theta, info = prox(energy, start, minimiser=self.steps_of(state))
         return Delta(density, tasks.names, shared, theta, stats=info.stats())
+
+    def _energy(
+        self, density: Density, tasks: Tasks, shared: Tensor, prior: GaussianPrior
+    ) -> TaskEnergy:
+        """What the steps descend; the prior measures their length in any case."""
+        inside = prior if self.with_prior else None
+        return TaskEnergy(density, tasks, shared, inside, around=prior)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +216,7 @@ class Reptile(MAML):
         """½‖(θ0 − θ_i^K)/s‖² + f_i(θ_i^K) per task, s the scales of the user's prior."""
         tasks, prior, shared = batch.tasks.unsplit, state.meta.prior, state.meta.shared
         theta, info = prox(
-            TaskEnergy(density, tasks, shared, prior if self.with_prior else None),
+            self._energy(density, tasks, shared, prior),
             prior.loc.detach().expand(len(tasks), -1),
             minimiser=self.minimiser,
             adjoint=Detached(),

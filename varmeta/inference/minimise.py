@@ -10,11 +10,15 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from varmeta.inference.energy import Energy, as_energy
 from varmeta.inference.linear import default_tolerance
 from varmeta.models.programs import Derivative, Linearised, Product
+
+_CUT = 0.999  # of the longest step; a step as long as that was shortened
+_FAR = 1e3  # standard deviations of the prior
 
 Memory = tuple[Tensor, ...]
 Precision = Literal["full", "tf32", "bf16"]
@@ -32,6 +36,8 @@ class Minimum:
         gradients: batched gradient evaluations, a Hessian-vector product counted as two.
         at: the energy linearised at θ.
         start_norm: `[T]`, ‖∇E_i‖ at the start.
+        cut: `[T]` bool, the last step of a fixed budget was shortened; None where none can be.
+        diverged: `[T]` bool, a fixed budget led away (`led_away`); None with a tolerance.
     """
 
     theta: Tensor
@@ -41,6 +47,8 @@ class Minimum:
     gradients: int
     at: Linearised
     start_norm: Tensor
+    cut: Tensor | None = None
+    diverged: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +61,7 @@ class Path:
         goal: `[T]`, the norm to reach; 0 in a fixed budget.
         iterations: `[T]` int.
         gradients: batched gradient evaluations.
+        cut: `[T]` bool, the last step of a fixed budget was shortened; None where none can be.
     """
 
     theta: Tensor
@@ -60,6 +69,29 @@ class Path:
     goal: Tensor
     iterations: Tensor
     gradients: int
+    cut: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Pace:
+    """What makes a step of a gradient.
+
+    Attributes:
+        size: what a gradient is multiplied by; a number, or a tensor that spreads to `[T, D]`.
+        longest: `[D]`, the longest step in each coordinate; None for no bound.
+    """
+
+    size: float | Tensor
+    longest: Tensor | None
+
+    def bounded(self, step: Tensor) -> Tensor:
+        """The step `[T, D]`, shortened as a whole until no coordinate exceeds its longest."""
+        if self.longest is None:
+            return step
+        if torch.is_grad_enabled() and (step.requires_grad or self.longest.requires_grad):
+            out: Tensor = _Bounded.apply(step, self.longest)
+            return out
+        return _bounded(step, self.longest)[0]
 
 
 class Minimiser(Protocol):
@@ -74,25 +106,36 @@ class FirstOrder(ABC):
     """A minimiser whose steps are functions of the gradients so far, and so can be unrolled.
 
     Attributes:
-        step_size: one number, or `[D]` one per coordinate; units of θ² per nat.
+        step_size: one number, or `[D]` one per coordinate.
         max_iterations: cap on the steps.
         tolerance: a task stops where ‖∇E‖ ≤ tolerance · (1 + ‖∇E(start)‖); None for ε^(2/3) of the
             data type; 0 for exactly `max_iterations` steps, which a device runs without waiting.
         precision: of the matrix products in the steps: `"full"`; `"tf32"`, 10 bits of mantissa on
             GPUs that have it, nothing elsewhere; `"bf16"`, 7 bits. θ* is then less exact, its
             derivative is taken at full precision. Not for unrolled steps.
+        clip: the longest step, in standard deviations of the prior: a step that is longer in any
+            coordinate is shortened as a whole, so that a gradient of e^30 behind a log link leads
+            one sd down its direction and not out of the floating-point numbers. The minimum stays
+            where it is. None for no bound, as in the papers. Where an energy knows no prior there
+            is none either.
     """
 
     step_size: float | Tensor
     max_iterations: int
     tolerance: float | None
     precision: Precision
+    clip: float | None
 
     def __post_init__(self) -> None:
         if self.precision not in ("full", "tf32", "bf16"):
             raise ValueError(f"precision must be 'full', 'tf32' or 'bf16', got {self.precision!r}")
         if not isinstance(self.step_size, Tensor) and not 0 < self.step_size < float("inf"):
             raise ValueError(f"step_size must be positive and finite, got {self.step_size}")
+        if self.clip is not None and not 0 < self.clip < float("inf"):
+            raise ValueError(
+                f"clip must be positive and finite, got {self.clip}; it is the longest step in "
+                "standard deviations of the prior, and None leaves steps as they are"
+            )
         check_budget(self.max_iterations, self.tolerance)
 
     @abstractmethod
@@ -101,9 +144,19 @@ class FirstOrder(ABC):
 
     @abstractmethod
     def move(
-        self, count: int, theta: Tensor, grad: Tensor, memory: Memory
+        self, count: int, theta: Tensor, grad: Tensor, memory: Memory, pace: Pace
     ) -> tuple[Tensor, Memory]:
         """θ after one more step, the first `count` being taken, and the new memory."""
+
+    def size(self, energy: Energy) -> float | Tensor:
+        """What multiplies a gradient of this energy."""
+        return self.step_size
+
+    def pace(self, energy: Energy) -> Pace:
+        """How long this energy's steps are."""
+        unit = getattr(energy, "unit", None)
+        longest = None if self.clip is None or unit is None else self.clip * unit
+        return Pace(self.size(energy), longest)
 
     def minimise(self, energy: Energy | Callable[[Tensor], Tensor], start: Tensor) -> Minimum:
         """See `Minimiser.minimise`."""
@@ -111,33 +164,62 @@ class FirstOrder(ABC):
         with torch.no_grad(), _products(self.precision, start.device):
             start = start.detach()
             slope = energy.slope(start) if self.tolerance == 0 and self.uniform else None
-            path = self.run(energy, start) if slope is None else self._budget(slope, start)
+            pace = self.pace(energy)
+            path = self.run(energy, start) if slope is None else self._budget(slope, start, pace)
         at = energy.linearise(path.theta)
         norm = at.grad.detach().norm(dim=-1)
-        converged = None if self.tolerance == 0 else norm <= path.goal
+        converged, diverged = None, None
+        if self.tolerance == 0:
+            diverged = led_away(energy, start, path, norm)
+        else:
+            converged = norm <= path.goal
         count = path.gradients + 1
-        return Minimum(path.theta, norm, converged, path.iterations, count, at, path.start_norm)
+        return Minimum(
+            path.theta,
+            norm,
+            converged,
+            path.iterations,
+            count,
+            at,
+            path.start_norm,
+            path.cut,
+            diverged,
+        )
 
     @property
     def uniform(self) -> bool:
         """Whether all steps are the same function of θ, gradient and memory, and always will be."""
         return False
 
-    def _budget(self, slope: Derivative, start: Tensor) -> Path:
+    def _budget(self, slope: Derivative, start: Tensor, pace: Pace) -> Path:
         """The steps of a fixed budget, compiled together."""
         unknown = torch.full_like(start[:, 0], -1.0)
-        state = (start, unknown, *self.begin(start))
-        theta, norm, *_ = slope.repeat(self._step, state, self.max_iterations)
+        size = torch.as_tensor(pace.size, dtype=start.dtype, device=start.device)
+        longest = pace.longest
+        if longest is None:
+            longest = torch.full_like(start[0], float("inf"))
+        state = (start, unknown, unknown, size, longest, *self.begin(start))
+        theta, norm, length, *_ = slope.repeat(self._step, state, self.max_iterations)
         iterations = torch.full_like(norm, self.max_iterations, dtype=torch.long)
-        return Path(theta, norm, torch.zeros_like(norm), iterations, self.max_iterations)
+        goal = torch.zeros_like(norm)
+        cut = None if pace.longest is None else length > _CUT
+        return Path(theta, norm, goal, iterations, self.max_iterations, cut)
 
     def _step(
-        self, slope: Product, theta: Tensor, norm: Tensor, *memory: Tensor
+        self,
+        slope: Product,
+        theta: Tensor,
+        norm: Tensor,
+        length: Tensor,
+        size: Tensor,
+        longest: Tensor,
+        *memory: Tensor,
     ) -> tuple[Tensor, ...]:
         """One of `uniform` steps; the norm is that of the first gradient, −1 before it."""
         grad = slope(theta)
-        theta, memory = self.move(0, theta, grad, memory)
-        return theta, torch.where(norm < 0, grad.norm(dim=-1), norm), *memory
+        moved, memory = self.move(0, theta, grad, memory, Pace(size, longest))
+        norm = torch.where(norm < 0, grad.norm(dim=-1), norm)
+        return moved, norm, _length(moved - theta, longest), size, longest, *memory
 
     def run(
         self,
@@ -153,7 +235,7 @@ class FirstOrder(ABC):
             energy: of `[T, D]`.
             start: `[T, D]`.
             every: keep θ only at each so many steps for the way back, and compute the others again.
-            first_order: take the gradients as constants.
+            first_order: take the gradients, and the steps made of them, as constants.
         """
         theta, memory = start, self.begin(start.detach())
         goal = start_norm = torch.zeros_like(start[:, 0].detach())
@@ -161,20 +243,27 @@ class FirstOrder(ABC):
         if self.tolerance == 0:
             iterations = iterations + self.max_iterations
         gradients, reached, done = 0, 0, False
-        size = every or self.max_iterations
+        pace, cut = self.pace(energy), None
+        if first_order:
+            size = pace.size.detach() if isinstance(pace.size, Tensor) else pace.size
+            pace = Pace(size, None if pace.longest is None else pace.longest.detach())
+        stride = every or self.max_iterations
 
         def segment(begin: int, theta: Tensor, *memory: Tensor) -> tuple[Tensor, ...]:
-            nonlocal start_norm, goal, iterations, gradients, reached, done
-            for count in range(begin, min(begin + size, self.max_iterations)):
+            nonlocal start_norm, goal, iterations, gradients, reached, done, cut
+            for count in range(begin, min(begin + stride, self.max_iterations)):
                 grad = energy.gradient(theta.detach() if first_order else theta)
                 grad = grad.detach() if first_order else grad
                 again = count < reached  # computed again on the way back
                 gradients, reached = gradients + 1, max(reached, count + 1)
-                moved, memory = self.move(count, theta, grad, memory)
+                moved, memory = self.move(count, theta, grad, memory, pace)
                 if count == 0:
                     start_norm = grad.detach().norm(dim=-1)
                     goal = goal_norm(start_norm, self.tolerance, grad.dtype)
                 if self.tolerance == 0:
+                    if count == self.max_iterations - 1 and pace.longest is not None:
+                        step = moved.detach() - theta.detach()
+                        cut = _length(step, pace.longest.detach()) > _CUT
                     theta = moved
                     continue
                 norm = grad.detach().norm(dim=-1)
@@ -187,7 +276,7 @@ class FirstOrder(ABC):
                     iterations = iterations + active
             return theta, *memory
 
-        for begin in range(0, self.max_iterations, size):
+        for begin in range(0, self.max_iterations, stride):
             if every is None or not torch.is_grad_enabled():
                 theta, *rest = segment(begin, theta, *memory)
             else:
@@ -197,19 +286,33 @@ class FirstOrder(ABC):
             memory = tuple(rest)
             if done:
                 break
-        return Path(theta, start_norm, goal, iterations, gradients)
+        return Path(theta, start_norm, goal, iterations, gradients, cut)
 
 
 @dataclass(frozen=True, eq=False)
 class GradientDescent(FirstOrder):
-    """Gradient descent, with heavy-ball momentum if asked for.
+    """Gradient descent by the mean over a task's rows, with heavy-ball momentum if asked for.
+
+    A step is −step_size · ∇E/n, n the number of the task's rows, so that a task with more of them
+    takes no longer steps; the minimum is that of E. Papers that average their loss (MAML, iMAML)
+    give such step sizes; their λ then stands for n·Λ. A task without rows counts as one row, and so
+    does an energy that knows no rows (a bare function).
 
     Attributes:
-        step_size: one number, or `[D]`; units of θ² per nat; below 2 over the largest curvature.
+        step_size: one number, or `[D]`; units of θ² per nat; below 2 over the largest curvature of
+            E/n (of E, with the sum).
         max_iterations: cap on the steps (the iMAML paper uses 16).
         tolerance: see `FirstOrder`; 0 for exactly `max_iterations` steps.
         momentum: share of the last step that is taken again (Polyak 1964), in [0, 1).
         precision: see `FirstOrder`.
+        reduction: `"mean"` over rows, or `"sum"`: steps of −step_size · ∇E.
+        in_prior_units: step in θ/s, s the prior's standard deviations: −step_size · s² · ∇E/n. The
+            step size is then a pure number, and the units of θ do not matter. Plain steps, as in
+            the papers, are the default.
+        clip: see `FirstOrder`.
+
+    Raises:
+        ValueError: a field out of its range; steps in prior units, and the energy has no prior.
     """
 
     step_size: float | Tensor
@@ -217,11 +320,16 @@ class GradientDescent(FirstOrder):
     tolerance: float | None = None
     momentum: float = 0.0
     precision: Precision = "full"
+    reduction: Literal["mean", "sum"] = "mean"
+    in_prior_units: bool = False
+    clip: float | None = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}")
+        if self.reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be 'mean' or 'sum', got {self.reduction!r}")
 
     @property
     def uniform(self) -> bool:
@@ -232,15 +340,30 @@ class GradientDescent(FirstOrder):
         """The last step, if there is momentum."""
         return (torch.zeros_like(theta),) if self.momentum else ()
 
+    def size(self, energy: Energy) -> float | Tensor:
+        """See `FirstOrder.size`: `[D]` for one number of rows, `[T, 1]` or `[T, D]` for each."""
+        size = self.step_size
+        if self.in_prior_units:
+            unit = getattr(energy, "unit", None)
+            if unit is None:
+                raise ValueError(
+                    "in_prior_units=True needs an energy that knows its prior, and this one has "
+                    "none: leave in_prior_units False"
+                )
+            size = size * unit**2
+        rows = getattr(energy, "rows", None)
+        return size if rows is None or self.reduction == "sum" else size / rows[:, None]
+
     def move(
-        self, count: int, theta: Tensor, grad: Tensor, memory: Memory
+        self, count: int, theta: Tensor, grad: Tensor, memory: Memory, pace: Pace
     ) -> tuple[Tensor, Memory]:
         """See `FirstOrder.move`."""
+        if pace.longest is None and isinstance(pace.size, float) and not self.momentum:
+            return torch.sub(theta, grad, alpha=pace.size), ()
+        step = pace.size * grad
         if not self.momentum:
-            if isinstance(self.step_size, Tensor):
-                return theta - self.step_size * grad, ()
-            return torch.sub(theta, grad, alpha=self.step_size), ()
-        step = self.momentum * memory[0] - self.step_size * grad
+            return theta - pace.bounded(step), ()
+        step = pace.bounded(self.momentum * memory[0] - step)
         return theta + step, (step,)
 
 
@@ -248,51 +371,31 @@ class GradientDescent(FirstOrder):
 class ProximalDescent(GradientDescent):
     """Gradient descent on f that takes the prior's pull implicitly, so that no scale is too small.
 
-    θ⁺ = argmin_t ∇f(θ)ᵀt + ½‖t − θ‖²/η + ½(t − θ0)ᵀΛ(t − θ0), the proximal gradient step (Parikh &
-    Boyd, 2014, Proximal Algorithms, section 4.2). For a diagonal Λ it is a gradient step on
-    E = f + ½‖θ − θ0‖²_Λ of size 1/(1/η + λ_j) in coordinate j: a bare step of size η diverges where
-    a scale is below √(η/2), and a scale that is learned can become so small. (Of a low-rank Λ the
-    diagonal part alone is taken implicitly, which is at least as much.) Without a prior in the
-    energy it is gradient descent.
+    θ⁺ = argmin_t ∇f(θ)ᵀt/n + ½‖t − θ‖²/η + ½(t − θ0)ᵀΛ(t − θ0)/n, the proximal gradient step
+    (Parikh & Boyd, 2014, Proximal Algorithms, section 4.2) on E/n, E = f + ½‖θ − θ0‖²_Λ and n the
+    number of the task's rows (1 with `reduction="sum"`). For a diagonal Λ it is a gradient step on
+    E of size 1/(n/η + λ_j) in coordinate j: a bare step of size η on the sum diverges where a scale
+    is below √(η/2), and a scale that is learned can become so small. (Of a low-rank Λ the diagonal
+    part alone is taken implicitly, which is at least as much.) Without a prior in the energy it is
+    gradient descent.
 
     Attributes:
-        step_size: η, units of θ² per nat; below 2 over the largest curvature of f, whatever Λ is.
+        step_size: η, units of θ² per nat; below 2 over the largest curvature of f/n, whatever Λ is.
 
     The other attributes are those of `GradientDescent`.
     """
 
-    @property
-    def uniform(self) -> bool:
-        """See `FirstOrder`: the steps' sizes are those of the energy's prior."""
-        return False
-
-    def minimise(self, energy: Energy | Callable[[Tensor], Tensor], start: Tensor) -> Minimum:
-        """See `Minimiser.minimise`."""
-        return self._given(energy).minimise(energy, start)
-
-    def run(
-        self,
-        energy: Energy,
-        start: Tensor,
-        *,
-        every: int | None = None,
-        first_order: bool = False,
-    ) -> Path:
-        """See `FirstOrder.run`; differentiable in the scales through the step sizes as well."""
-        return self._given(energy).run(energy, start, every=every, first_order=first_order)
-
-    def _given(self, energy: Any) -> GradientDescent:
-        step, prior = self.step_size, getattr(energy, "prior", None)
-        if prior is not None:
-            step = 1 / (1 / step + prior.scale**-2)
-        return GradientDescent(
-            step, self.max_iterations, self.tolerance, self.momentum, self.precision
-        )
+    def size(self, energy: Energy) -> float | Tensor:
+        """See `FirstOrder.size`; differentiable in the scales."""
+        size, prior = super().size(energy), getattr(energy, "prior", None)
+        return size if prior is None else 1 / (1 / size + prior.scale**-2)
 
 
 @dataclass(frozen=True, eq=False)
 class Adam(FirstOrder):
     """Adam (Kingma & Ba 2015): steps of about `step_size` whatever the scale of the gradient.
+
+    By the mean over rows or by their sum they are the same steps, but for `eps`.
 
     Attributes:
         step_size: units of θ.
@@ -302,6 +405,7 @@ class Adam(FirstOrder):
         eps: nats per unit of θ; keeps the derivative of an unrolled run finite where a gradient
             vanishes.
         precision: see `FirstOrder`.
+        clip: see `FirstOrder`.
     """
 
     step_size: float | Tensor = 0.1
@@ -310,6 +414,7 @@ class Adam(FirstOrder):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     precision: Precision = "full"
+    clip: float | None = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -323,7 +428,7 @@ class Adam(FirstOrder):
         return torch.zeros_like(theta), torch.zeros_like(theta)
 
     def move(
-        self, count: int, theta: Tensor, grad: Tensor, memory: Memory
+        self, count: int, theta: Tensor, grad: Tensor, memory: Memory, pace: Pace
     ) -> tuple[Tensor, Memory]:
         """See `FirstOrder.move`."""
         (first, second), (a, b) = memory, self.betas
@@ -334,8 +439,23 @@ class Adam(FirstOrder):
         # At rest, as a task without rows is at θ0, a slope of 1/eps in each step would be raised to
         # the power of their number, and what cancels in theory would drown all other tasks.
         size = torch.where(second > 0, size, 1.0)
-        step = self.step_size * (first / (1 - a ** (count + 1))) / size
-        return theta - step, (first, second)
+        step = pace.size * (first / (1 - a ** (count + 1))) / size
+        return theta - pace.bounded(step), (first, second)
+
+
+def led_away(energy: Energy, start: Tensor, path: Path, norm: Tensor) -> Tensor:
+    """For which tasks a fixed budget's steps led away from a minimum, `[T]` bool.
+
+    That is where θ is not finite, is more than a thousand standard deviations of the prior from its
+    start, or has a larger gradient there, of norm `norm` `[T]`, than at the start (beyond a nat per
+    standard deviation: at a start that is a minimum already any gradient is larger).
+    """
+    with torch.no_grad():
+        unit = getattr(energy, "unit", None)
+        unit = torch.ones_like(start[0]) if unit is None else unit
+        far = ((path.theta - start) / unit).abs().amax(-1)
+        steeper = norm <= path.start_norm + 1 / unit.amin()
+        return ~((far <= _FAR) & steeper & norm.isfinite())
 
 
 @contextmanager
@@ -365,6 +485,47 @@ def goal_norm(norm: Tensor, tolerance: float | None, dtype: torch.dtype) -> Tens
             "it None, or use float64 data"
         )
     return relative * (1 + norm)
+
+
+def _length(step: Tensor, longest: Tensor) -> Tensor:
+    """`[T]`, of a step `[T, D]`, 1 for the longest; 0 where none is."""
+    return (step / longest).abs().amax(-1)
+
+
+def _bounded(step: Tensor, longest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The shortened step `[T, D]`, its length before in units of the longest `[T, 1]`, and where.
+
+    An overflow is a very long step in its direction; what is NaN stays so.
+    """
+    most = torch.finfo(step.dtype).max
+    ratio = (step / longest).clamp(-most, most)
+    length, where = ratio.abs().max(-1, keepdim=True)
+    return torch.where(length > 1, longest * (ratio / length), step), length, where
+
+
+class _Bounded(torch.autograd.Function):
+    """`_bounded`, which keeps the step alone for its derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, step: Tensor, longest: Tensor) -> Tensor:
+        ctx.save_for_backward(step, longest)
+        return _bounded(step, longest)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        step, longest = ctx.saved_tensors
+        out, length, where = _bounded(step, longest)
+        # out = step / length, length = |step_j| / longest_j at the coordinate j that is longest.
+        along, ends = (v * out).sum(-1, keepdim=True), longest[where]
+        cut = length > 1
+        back = torch.where(cut, v / length, v)
+        turn = torch.where(cut, along / length * step.gather(-1, where).sign() / ends, 0.0)
+        back = back.scatter_add(-1, where, -turn)
+        if not ctx.needs_input_grad[1]:
+            return back, None
+        share = torch.where(cut, along / ends, 0.0)
+        return back, torch.zeros_like(longest).index_add(0, where[:, 0], share[:, 0])
 
 
 def check_budget(max_iterations: int, tolerance: float | None) -> None:

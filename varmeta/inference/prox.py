@@ -21,8 +21,7 @@ from torch import Tensor
 
 from varmeta.inference.approximate import NeedsPrior, bound
 from varmeta.inference.energy import Energy, as_energy
-from varmeta.inference.linear import CG, Cholesky, LinearSolver, MatVec
-from varmeta.inference.minimise import FirstOrder, Minimiser, Minimum
+from varmeta.inference.minimise import FirstOrder, Minimiser, Minimum, led_away
 from varmeta.inference.minres import MINRES
 from varmeta.inference.newton import Curvature, NewtonCG, check_curvature
 from varmeta.models.programs import Linearised
@@ -44,6 +43,10 @@ class ProxInfo:
             minimum; False before backward ran.
         gradients: gradient evaluations so far, a Hessian-vector product counted as two.
         minimum: `[T, D]`, θ* without its derivative.
+        cut: `[T]` bool, the last step of a fixed inner budget was shortened to the longest allowed
+            (`FirstOrder.clip`); None where none can be.
+        diverged: `[T]` bool, a fixed inner budget led away from a minimum
+            (`varmeta.inference.minimise.led_away`); None with a tolerance.
     """
 
     grad_norm: Tensor
@@ -54,6 +57,8 @@ class ProxInfo:
     negative_curvature: Tensor
     gradients: int
     minimum: Tensor
+    cut: Tensor | None = None
+    diverged: Tensor | None = None
 
     def stats(self) -> dict[str, Tensor]:
         """The diagnostics by name, `[T]` each, without those that were never computed."""
@@ -65,8 +70,10 @@ class ProxInfo:
         }
         if self.converged is not None:
             out["converged"] = self.converged
-        if self.residual is not None:
-            out["residual"] = self.residual
+        for name in ("residual", "cut", "diverged"):
+            value = getattr(self, name)
+            if value is not None:
+                out[name] = value
         return out
 
     @classmethod
@@ -81,6 +88,8 @@ class ProxInfo:
             negative_curvature=torch.zeros_like(minimum.grad_norm, dtype=torch.bool),
             gradients=minimum.gradients,
             minimum=minimum.theta.detach(),
+            cut=minimum.cut,
+            diverged=minimum.diverged,
         )
 
 
@@ -206,15 +215,18 @@ class Unrolled:
             norm = energy.gradient(path.theta.detach()).norm(dim=-1)
         # On the way back each step is one product and one gradient again.
         gradients = path.gradients * (1 if self.first_order else 3) + 1
+        fixed = minimiser.tolerance == 0
         info = ProxInfo(
             grad_norm=norm,
             reduction=norm / (1 + path.start_norm),
-            converged=None if minimiser.tolerance == 0 else norm <= path.goal,
+            converged=None if fixed else norm <= path.goal,
             iterations=path.iterations,
             residual=None,
             negative_curvature=torch.zeros_like(norm, dtype=torch.bool),
             gradients=gradients,
             minimum=path.theta.detach(),
+            cut=path.cut,
+            diverged=led_away(energy, start.detach(), path, norm) if fixed else None,
         )
         return path.theta, info
 
