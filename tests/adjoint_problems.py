@@ -16,7 +16,7 @@ from helpers import FLOAT, case_of, tensor
 from linear_gaussian import LinearGaussian
 from torch import Tensor
 
-from varmeta.inference.energy import Energy, TaskEnergy, as_energy
+from varmeta.inference.energy import Energy, FunctionEnergy, TaskEnergy
 from varmeta.inference.minimise import Minimiser
 from varmeta.inference.prox import Adjoint, Detached, ProxInfo, prox
 from varmeta.models.density import Density
@@ -118,7 +118,7 @@ def bent_case() -> Problem:
 
 
 def bare_case() -> Problem:
-    """A convex function that is no quadratic, and knows nothing of models."""
+    """A convex function that is no quadratic, knows nothing of models, and has its own rows."""
     data = numbers(4, 3, seed=3)
 
     def energy(loc: Tensor, log_scale: Tensor, factor: Tensor, shared: Tensor) -> Energy:
@@ -127,7 +127,7 @@ def bare_case() -> Problem:
             pull = 0.5 * ((theta - loc) * (-log_scale).exp()).square().sum(-1)
             return loss + pull + 0.5 * ((theta - data) @ factor).square().sum(-1)
 
-        return as_energy(function)
+        return FunctionEnergy(function, tensor([5.0, 1.0, 3.0, 4.0]), log_scale.exp().expand(3))
 
     at = {
         "loc": tensor([0.3, -0.2, 0.5]),

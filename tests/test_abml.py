@@ -29,7 +29,7 @@ def test_many_steps_lead_to_the_best_diagonal_gaussian() -> None:
     """Linear-Gaussian: the posterior mean, and 1/(H_jj + 1/σ_j²) as variance."""
     drawn = LinearGaussian.random(0, 5, 3)
     case = case_of(drawn)
-    strategy = ABML(minimiser=GradientDescent(0.01, 4000, tolerance=1e-11))
+    strategy = ABML(minimiser=GradientDescent(0.3, 400, tolerance=1e-11))
     with torch.no_grad():
         mean, sd, info = strategy.adapted(
             case.density, case.prior, case.shared, case.tasks.support, cubature(5, 3)
@@ -86,7 +86,7 @@ def test_what_it_learns_is_the_joint_optimum() -> None:
     drawn = LinearGaussian.random(2, num_tasks=8, dim=2)
     best = drawn.gaussian_optimum()
     assert best.converged and not best.collapsed.any()
-    strategy = ABML(minimiser=GradientDescent(0.02, 400, tolerance=0))
+    strategy = ABML(minimiser=GradientDescent(0.3, 200, tolerance=0))
     sizes = []
     for away in (0.0, 0.1):
         at = drawn.at(theta0=best.theta0 + away, log_scale=np.log(best.scale) + away)

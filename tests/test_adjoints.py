@@ -29,7 +29,7 @@ from torch import Tensor
 
 from varmeta.inference.lbfgs import LBFGS
 from varmeta.inference.linear import CG, Cholesky
-from varmeta.inference.minimise import Adam, FirstOrder, GradientDescent, Minimiser
+from varmeta.inference.minimise import Adam, FirstOrder, GradientDescent, Minimiser, ProximalDescent
 from varmeta.inference.minres import MINRES
 from varmeta.inference.newton import NewtonCG
 from varmeta.inference.nystrom import Nystrom
@@ -112,8 +112,17 @@ TRUNCATED: dict[str, FirstOrder] = {
     "descent": GradientDescent(0.05, 5, tolerance=0),
     "momentum": GradientDescent(0.03, 6, tolerance=0, momentum=0.8),
     "Adam": Adam(0.1, 6, tolerance=0),
-    "descent, each task to its own end": GradientDescent(0.05, 40, tolerance=0.05),
-    "momentum, each task to its own end": GradientDescent(0.03, 40, tolerance=0.05, momentum=0.5),
+    "cut descent": GradientDescent(2.0, 5, tolerance=0, clip=0.1),
+    "cut momentum": GradientDescent(0.5, 6, tolerance=0, momentum=0.8, clip=0.2),
+    "cut Adam": Adam(0.3, 6, tolerance=0, clip=0.2),
+    "in prior units": GradientDescent(0.1, 5, tolerance=0, in_prior_units=True, clip=None),
+    "proximal": ProximalDescent(0.2, 5, tolerance=0, clip=0.3),
+    "descent, each task to its own end": GradientDescent(
+        0.05, 40, tolerance=0.05, reduction="sum"
+    ),
+    "momentum, each task to its own end": GradientDescent(
+        0.03, 40, tolerance=0.05, momentum=0.5, reduction="sum"
+    ),
     "Adam, each task to its own end": Adam(0.1, 40, tolerance=0.1),
 }
 
@@ -222,17 +231,19 @@ def test_checkpointing_holds_fewer_bytes() -> None:
 
 
 def test_unrolling_a_model_holds_one_iterate_a_step() -> None:
-    """TaskEnergy's derivative is computed again, so that no activations are kept."""
+    """TaskEnergy's derivative is computed again, so that no activations are kept; and the step
+    beside it where it may be cut."""
     problem = problem_of("bent")
     at = leaves(problem.at)
 
-    def run(steps: int) -> Tensor:
-        minimiser = GradientDescent(0.01, steps, tolerance=0)
+    def run(steps: int, clip: float | None = 1.0) -> Tensor:
+        minimiser = GradientDescent(0.01, steps, tolerance=0, clip=clip)
         energy = problem.energy(**at)
         return prox(energy, problem.start, minimiser=minimiser, adjoint=Unrolled())[0]
 
     one = problem.start.nbytes
-    assert bytes_held(lambda: run(50)) - bytes_held(lambda: run(10)) == 40 * one
+    assert bytes_held(lambda: run(50)) - bytes_held(lambda: run(10)) == 2 * 40 * one
+    assert bytes_held(lambda: run(50, None)) - bytes_held(lambda: run(10, None)) == 40 * one
 
 
 # -- first order ----------------------------------------------------------------------------------
@@ -313,7 +324,7 @@ def test_one_step_is_the_derivative_of_a_last_gradient_step(name: str) -> None:
     grads, _ = derivative(problem, NewtonCG(), OneStep(step))
     theta, _ = prox(problem.energy(**problem.at), problem.start, adjoint=Detached())
     wanted, _ = derivative(
-        replace_start(problem, theta), GradientDescent(step, 1, tolerance=0), Unrolled()
+        replace_start(problem, theta), GradientDescent(step, 1, tolerance=0, reduction="sum"), Unrolled()
     )
     for key in problem.at:
         assert_close(grads[key], wanted[key], 1e-8)

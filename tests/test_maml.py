@@ -37,18 +37,23 @@ def problem(request: pytest.FixtureRequest) -> LinearGaussian:
 
 @dataclass(frozen=True)
 class ByHand:
-    """K steps θ ← θ − a(Hθ − b + Λ(θ − θ0)) on task i, and g_i at their end, in NumPy."""
+    """K steps θ ← θ − a(Hθ − b + Λ(θ − θ0)) on task i, and g_i at their end, in NumPy.
+
+    By the mean, a is divided by the task's number of rows.
+    """
 
     problem: LinearGaussian
     sizes: np.ndarray
     with_prior: bool
+    reduction: str = "sum"
 
     def end(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         """θ_K `[D]`, and dθ_K/dθ0 `[D, D]`: (I − aA)^K, and aΛ's share if the prior pulls."""
         p = self.problem
         pull = np.diag(p.precision) * self.with_prior
         hessian, moment = p.hessian(i), p.designs[i].T @ p.targets[i] / p.noise2
-        a, eye = np.diag(self.sizes), np.eye(p.dim)
+        rows = len(p.targets[i]) if self.reduction == "mean" else 1
+        a, eye = np.diag(self.sizes) / rows, np.eye(p.dim)
         theta, jacobian = p.theta0, eye
         for _ in range(STEPS):
             theta = theta - a @ (hessian @ theta - moment + pull @ (theta - p.theta0))
@@ -72,7 +77,7 @@ class ByHand:
 
 def steps(sizes: Any = SIZES) -> GradientDescent:
     size = sizes if isinstance(sizes, float) else tensor(sizes)
-    return GradientDescent(size, STEPS, tolerance=0)
+    return GradientDescent(size, STEPS, tolerance=0, reduction="sum")
 
 
 def gradient(strategy: MAML, case: Case) -> tuple[Tensor, list[Tensor]]:
@@ -96,11 +101,14 @@ def begun(strategy: MetaGradient, case: Case) -> State:
 
 @pytest.mark.parametrize("with_prior", [False, True])
 @pytest.mark.parametrize("checkpoint", [None, 2])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_maml_is_the_product_of_its_steps(
-    problem: LinearGaussian, with_prior: bool, checkpoint: int | None
+    problem: LinearGaussian, with_prior: bool, checkpoint: int | None, reduction: Any
 ) -> None:
-    exact = ByHand(problem, SIZES, with_prior)
-    strategy = MAML(minimiser=steps(), with_prior=with_prior, checkpoint=checkpoint)
+    """Of plain steps, which are never longer than a standard deviation of the prior here."""
+    exact = ByHand(problem, SIZES, with_prior, reduction)
+    few = replace(steps(), reduction=reduction)
+    strategy = MAML(minimiser=few, with_prior=with_prior, checkpoint=checkpoint)
     loss, (d_loc, d_scale, _) = gradient(strategy, case_of(problem))
     assert_close(loss, exact.loss(), 1e-12)
     assert_close(d_loc, exact.gradient(), 1e-11)
@@ -141,7 +149,8 @@ def test_long_runs_with_the_prior_are_implicit() -> None:
     problem = drawn.at(log_noise=0.5, log_scale=drawn.log_scale - 0.3)
     case = case_of(problem)
     top = max(np.linalg.eigvalsh(problem.hessian(i)).max() for i in range(5))
-    minimiser = GradientDescent(float(1 / (top + problem.precision.max())), 3000)
+    size = float(1 / (top + problem.precision.max()))
+    minimiser = GradientDescent(size, 3000, reduction="sum")
     loss, (d_loc, d_scale, _) = gradient(MAML(minimiser=minimiser, with_prior=True), case)
     assert_close(loss, problem.meta(), 1e-7)
     assert_close(d_loc, problem.meta_grad().theta0, 1e-7)
@@ -202,7 +211,8 @@ def test_metasgd_learns_which_coordinate_to_adapt() -> None:
         list(zip(design, (design @ theta[..., None])[..., 0] + noise, strict=True))
     )
     density = Density(line, tasks.split(0.5), shared=[])
-    strategy = MetaSGD(minimiser=GradientDescent(0.02, 3, tolerance=0), steps=40, learning_rate=0.1)
+    few = GradientDescent(0.06, 3, tolerance=0)
+    strategy = MetaSGD(minimiser=few, steps=40, learning_rate=0.1)
     tasks = tasks.split(0.5)
     state = strategy.init(density, GaussianPrior.from_density(density), tasks, generator(0))
     first = last = 0.0
@@ -272,7 +282,8 @@ def test_reptile_with_a_prior_descends_the_moreau_envelope() -> None:
     problem = merge(LinearGaussian.random(3, 5, 3))
     case = case_of(problem)
     top = max(np.linalg.eigvalsh(problem.hessian(i)).max() for i in range(5))
-    minimiser = GradientDescent(float(1 / (top + problem.precision.max())), 3000)
+    size = float(1 / (top + problem.precision.max()))
+    minimiser = GradientDescent(size, 3000, reduction="sum")
     strategy = Reptile(minimiser=minimiser, with_prior=True)
     state = begun(strategy, case)
     losses, _ = strategy.task_losses(
@@ -315,7 +326,7 @@ def test_anil_adapts_the_head_and_learns_the_body() -> None:
     density = Density(body_and_head, tasks, shared=["body"])
     assert [s.name for s in density.sites] == ["head"] and density.shared_dim == 4
     prior = GaussianPrior.from_density(density, hyperprior=False)
-    strategy = MAML(minimiser=GradientDescent(0.02, STEPS, tolerance=0))
+    strategy = MAML(minimiser=steps(0.02))
     at = {"loc": 0.5 * numbers(2, seed=5), "shared": numbers(4, seed=6)}
 
     def value(loc: Tensor, shared: Tensor) -> Tensor:
