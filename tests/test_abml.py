@@ -29,7 +29,7 @@ def test_many_steps_lead_to_the_best_diagonal_gaussian() -> None:
     """Linear-Gaussian: the posterior mean, and 1/(H_jj + 1/σ_j²) as variance."""
     drawn = LinearGaussian.random(0, 5, 3)
     case = case_of(drawn)
-    strategy = ABML(minimiser=GradientDescent(0.3, 400, tolerance=1e-11))
+    strategy = ABML(minimiser=GradientDescent(0.5, 4000, tolerance=1e-11))
     with torch.no_grad():
         mean, sd, info = strategy.adapted(
             case.density, case.prior, case.shared, case.tasks.support, cubature(5, 3)

@@ -30,6 +30,20 @@ _FINDINGS: tuple[tuple[str, Callable[[Tensor], Tensor], str], ...] = (
         "step size, or use NewtonCG",
     ),
     (
+        "diverged",
+        lambda value: value.bool(),
+        "{} were led away by their inner steps, to a steeper place than the start or out of all "
+        "reach of the prior: lower the minimiser's step_size, or use IMAML, whose NewtonCG needs "
+        "none",
+    ),
+    (
+        "cut",
+        lambda value: value.bool(),
+        "{} had even their last inner step cut to the longest allowed (the minimiser's clip), so "
+        "that they had not arrived: lower step_size where steps swing to and fro, raise "
+        "max_iterations where they are on their way",
+    ),
+    (
         "negative_curvature",
         lambda value: value.bool(),
         "{} met negative curvature in the implicit solve, so that θ* is no minimum and the "

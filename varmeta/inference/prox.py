@@ -21,6 +21,7 @@ from torch import Tensor
 
 from varmeta.inference.approximate import NeedsPrior, bound
 from varmeta.inference.energy import Energy, as_energy
+from varmeta.inference.linear import CG, Cholesky, LinearSolver, MatVec
 from varmeta.inference.minimise import FirstOrder, Minimiser, Minimum, led_away
 from varmeta.inference.minres import MINRES
 from varmeta.inference.newton import Curvature, NewtonCG, check_curvature
