@@ -117,9 +117,7 @@ TRUNCATED: dict[str, FirstOrder] = {
     "cut Adam": Adam(0.3, 6, tolerance=0, clip=0.2),
     "in prior units": GradientDescent(0.1, 5, tolerance=0, in_prior_units=True, clip=None),
     "proximal": ProximalDescent(0.2, 5, tolerance=0, clip=0.3),
-    "descent, each task to its own end": GradientDescent(
-        0.05, 40, tolerance=0.05, reduction="sum"
-    ),
+    "descent, each task to its own end": GradientDescent(0.05, 40, tolerance=0.05, reduction="sum"),
     "momentum, each task to its own end": GradientDescent(
         0.03, 40, tolerance=0.05, momentum=0.5, reduction="sum"
     ),
@@ -324,7 +322,9 @@ def test_one_step_is_the_derivative_of_a_last_gradient_step(name: str) -> None:
     grads, _ = derivative(problem, NewtonCG(), OneStep(step))
     theta, _ = prox(problem.energy(**problem.at), problem.start, adjoint=Detached())
     wanted, _ = derivative(
-        replace_start(problem, theta), GradientDescent(step, 1, tolerance=0, reduction="sum"), Unrolled()
+        replace_start(problem, theta),
+        GradientDescent(step, 1, tolerance=0, reduction="sum"),
+        Unrolled(),
     )
     for key in problem.at:
         assert_close(grads[key], wanted[key], 1e-8)

@@ -34,7 +34,7 @@ from varmeta.tasks import Tasks, TaskSource
 
 
 def _steps() -> FirstOrder:
-    return GradientDescent(step_size=0.01, max_iterations=10, tolerance=0)
+    return GradientDescent(step_size=0.25, max_iterations=15, tolerance=0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,11 @@ steps on f_i, and differentiates through the steps. FOMAML takes the inner gradi
 so that d θ_i^K/d θ0 = I. Meta-SGD (Li, Zhou, Chen & Li, 2017) learns a step size per coordinate
 beside θ0. Reptile (Nichol, Achiam & Schulman, 2018) moves θ0 towards θ_i^K and needs no query part.
 
-f_i is a sum over rows: where a paper averages, its step size is to be divided by their number.
+The steps are by the mean over a task's rows, as in the papers, so that their step sizes hold here
+and a task with more rows takes no longer steps (`GradientDescent.reduction`); beyond the papers, no
+step is longer than a standard deviation of the prior in any coordinate (`FirstOrder.clip`), so that
+θ_i stays finite behind a log link and with a log scale. They are steps in θ as it is written: a
+column in other units wants another step size, or `GradientDescent(in_prior_units=True)`.
 ANIL (Raghu, Raghu, Bengio & Vinyals, 2020) is any of these on a model that adapts only some of its
 sites: `Density(model, tasks, shared=[...])` names the others, which are then learned across tasks.
 """
@@ -28,8 +32,8 @@ from varmeta.posterior import Delta, TaskPosterior
 from varmeta.tasks import Tasks, TaskSource
 
 
-def _steps(count: int) -> FirstOrder:
-    return GradientDescent(step_size=0.001, max_iterations=count, tolerance=0)
+def _steps(size: float, count: int) -> FirstOrder:
+    return GradientDescent(size, max_iterations=count, tolerance=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +41,8 @@ class MAML(MetaGradient):
     """MAML: a few unrolled gradient steps from θ0.
 
     Attributes:
-        minimiser: the steps; their size is in units of θ² per nat and wants tuning to the model.
+        minimiser: the steps; their size is in units of θ² per nat and wants tuning to the model
+            (0.01 and 5 of them: the paper's, and about the best on radon and sinusoids).
         with_prior: take the steps on f_i + ½(θ−θ0)ᵀΛ(θ−θ0) instead of f_i alone; the scales can
             be learned then.
         checkpoint: keep only every so many-th step for the way back (`Unrolled`).
@@ -50,7 +55,7 @@ class MAML(MetaGradient):
     """
 
     learn_scale: bool = False
-    minimiser: FirstOrder = field(default_factory=lambda: _steps(5))
+    minimiser: FirstOrder = field(default_factory=lambda: _steps(0.01, 5))
     with_prior: bool = False
     checkpoint: int | None = None
 
@@ -74,8 +79,9 @@ class MAML(MetaGradient):
 
     @property
     def kept_vectors(self) -> int:
-        """See `MetaGradient.kept_vectors`: one more for each step."""
-        return super().kept_vectors + self.minimiser.max_iterations
+        """See `MetaGradient.kept_vectors`: one more for each step, two where it may be cut."""
+        each = 1 if self.minimiser.clip is None else 2
+        return super().kept_vectors + each * self.minimiser.max_iterations
 
     def steps_of(self, state: State) -> FirstOrder:
         """The inner minimiser as it stands."""
@@ -176,7 +182,7 @@ class Reptile(MAML):
     """
 
     learning_rate: float = 0.5
-    minimiser: FirstOrder = field(default_factory=lambda: _steps(50))
+    minimiser: FirstOrder = field(default_factory=lambda: _steps(0.003, 50))
     shared_learning_rate: float = 0.05
 
     def __post_init__(self) -> None:

@@ -178,7 +178,8 @@ class Unrolled:
     """Differentiate the minimiser's own steps, through `start` as well: MAML's derivative.
 
     Exact for the algorithm as run, converged or not. Memory grows with the number of steps: for a
-    model one θ `[T, D]` for each, for any other function its activations too.
+    model one θ `[T, D]` for each, and the step where it may be cut (`FirstOrder.clip`); for any
+    other function its activations too.
 
     Attributes:
         checkpoint: keep only every so many-th step and compute the others again on the way back;

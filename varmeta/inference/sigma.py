@@ -117,7 +117,7 @@ class SigmaMAML(SigmaIMAML):
     """σ-MAML: the same through the unrolled steps of a descent, exact for the steps as run.
 
     Attributes:
-        minimiser: a hundred steps of size 0.001; the size is in units of θ² per nat and wants
+        minimiser: a hundred steps of size 0.01; the size is in units of θ² per nat and wants
             tuning to the model.
         adjoint: how the steps are differentiated; every tenth θ is kept, the others computed again.
         scale_adjoint: None for the unrolled derivative of the scales too. An `Implicit` costs less
@@ -126,7 +126,7 @@ class SigmaMAML(SigmaIMAML):
     The other attributes are those of `SigmaIMAML`.
     """
 
-    minimiser: Minimiser = field(default_factory=lambda: ProximalDescent(0.001, 100, tolerance=0))
+    minimiser: Minimiser = field(default_factory=lambda: ProximalDescent(0.01, 100, tolerance=0))
     adjoint: Adjoint = field(default_factory=lambda: Unrolled(checkpoint=10))
 
 
