@@ -175,9 +175,9 @@ def test_envelope_and_implicit_agree_as_the_inner_problem_is_solved() -> None:
     """The gap falls with the gradient left at θ*: to rounding where that is rounding."""
     gaps = []
     for minimiser in (
-        GradientDescent(0.1, 5, tolerance=0),
-        GradientDescent(0.1, 20, tolerance=0),
-        GradientDescent(0.1, 80, tolerance=0),
+        GradientDescent(0.1, 5, tolerance=0, reduction="sum", clip=None),
+        GradientDescent(0.1, 20, tolerance=0, reduction="sum", clip=None),
+        GradientDescent(0.1, 80, tolerance=0, reduction="sum", clip=None),
         TIGHT,
     ):
         a, b = (
@@ -192,7 +192,7 @@ def test_envelope_and_implicit_agree_as_the_inner_problem_is_solved() -> None:
 def test_the_envelope_needs_no_solve() -> None:
     """In all, the minimiser's gradients and two more: value and gradient at θ*."""
     case = case_of(LinearGaussian.random(15))
-    few = GradientDescent(0.01, 4, tolerance=0)
+    few = GradientDescent(0.01, 4, tolerance=0, reduction="sum", clip=None)
     batch = Batch(case.tasks, torch.arange(6), 6)
     spent = {}
     for gradient in ("envelope", "implicit"):
@@ -244,7 +244,7 @@ def test_negative_curvature_at_the_mode_is_reported() -> None:
     tasks = Tasks.from_list([(x, x[:, 0] + 5), (x, x[:, 0] + 5)], names=["a", "b"])
     density = Density(hilly, tasks)
     prior = GaussianPrior(tensor([3.0, 3.0]), tensor([0.0, 0.0]), torch.arange(2))
-    stuck = GradientDescent(1e-9, 1, tolerance=0)
+    stuck = GradientDescent(1e-9, 1, tolerance=0, reduction="sum", clip=None)
     strategy = LaplaceEvidence(minimiser=stuck)
     state = strategy.init(density, prior, tasks, generator(0))
     info = strategy.step(density, state, Batch(tasks, torch.arange(2), 2), generator(0))

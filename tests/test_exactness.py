@@ -108,7 +108,7 @@ def test_the_error_of_inner_steps_falls_by_kappa(condition: float) -> None:
     errors = []
     counts = [2 * round(share * condition / 2) for share in (0.7, 1.4, 2, 4)]  # r^κ is about e⁻²
     for count in counts:
-        steps = GradientDescent(size, count, tolerance=0)
+        steps = GradientDescent(size, count, tolerance=0, reduction="sum", clip=None)
         prior, shared, leaves = leaves_of(case)
         energy = TaskEnergy(case.density, case.tasks.support, shared, prior)
         start = prior.loc.detach().expand(2, -1)
@@ -166,7 +166,7 @@ def test_more_steps_and_more_products_mend_each_its_own_error() -> None:
     def error(steps: int, products: int) -> float:
         prior, shared, leaves = leaves_of(case)
         strategy = IMAML(
-            minimiser=GradientDescent(2 / 31, steps, tolerance=0),
+            minimiser=GradientDescent(2 / 31, steps, tolerance=0, reduction="sum", clip=None),
             adjoint=Implicit(CG(products, tolerance=0)),
         )
         losses, _ = strategy.losses(case.density, prior, shared, case.tasks)

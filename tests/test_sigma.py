@@ -40,7 +40,7 @@ from varmeta.seeds import generator
 
 PROBLEM = LinearGaussian.random(1, 9, 5)
 GROUPS = torch.tensor([0, 1, 1, 0, 2])  # modules of two, two and one coordinates
-LONG = ProximalDescent(0.05, 400)
+LONG = ProximalDescent(0.05, 400, reduction="sum", clip=None)
 
 
 def by_module(per_coordinate: np.ndarray) -> np.ndarray:
@@ -94,7 +94,10 @@ def test_finite_differences_agree() -> None:
     """Of unrolled steps as run, far from converged, with and without a low-rank part."""
     problem, prior = modular()
     case = case_of(problem, shared_noise=True)
-    few = SigmaMAML(minimiser=ProximalDescent(0.02, 6, tolerance=0), adjoint=Unrolled(5))
+    few = SigmaMAML(
+        minimiser=ProximalDescent(0.02, 6, tolerance=0, reduction="sum", clip=None),
+        adjoint=Unrolled(5),
+    )
     for factor in (None, tensor(0.3 * np.cos(np.arange(10)).reshape(5, 2))):
         start = replace(prior, factor=factor)
         table = check_gradient(few, case.density, start, case.tasks, tolerance=1e-6).table
@@ -183,7 +186,7 @@ def test_the_scale_found_is_the_true_one(strategy: type[SigmaIMAML], start: floa
     variance = 0.6
     density, tasks = one_dimension(variance, 2)
     prior = GaussianPrior.create(tensor([1.8]), start * math.sqrt(variance))
-    options = {"minimiser": ProximalDescent(0.3, 12, tolerance=0)}
+    options = {"minimiser": ProximalDescent(0.3, 12, tolerance=0, reduction="sum", clip=None)}
     chosen = strategy(steps=200, learning_rate=0.1, **(options if strategy is SigmaMAML else {}))  # type: ignore[arg-type]
     done = fit(chosen, density, tasks, prior=prior)
     assert abs(float(done.prior.scale) / math.sqrt(variance) - 1) < 1e-3
@@ -196,7 +199,9 @@ def test_the_scale_found_is_the_true_one(strategy: type[SigmaIMAML], start: floa
 def test_proximal_descent_ends_at_the_same_minimum() -> None:
     problem, prior = modular()
     case = case_of(problem)
-    strategy = SigmaIMAML(minimiser=ProximalDescent(0.05, 1000, tolerance=1e-13))
+    strategy = SigmaIMAML(
+        minimiser=ProximalDescent(0.05, 1000, tolerance=1e-13, reduction="sum", clip=None)
+    )
     losses, info = strategy.losses(case.density, prior, case.shared, case.tasks)
     assert_close(losses.sum(), problem.meta(), 1e-10)
     assert bool(info.converged.all())  # type: ignore[union-attr]
@@ -212,14 +217,14 @@ def test_no_scale_is_too_small_for_it(momentum: float) -> None:
         torch.full_like(prior.log_scale, math.log(1e-6)).requires_grad_(),
         None,
     )
-    steps = ProximalDescent(0.01, 100, tolerance=0, momentum=momentum)
+    steps = ProximalDescent(0.01, 100, tolerance=0, momentum=momentum, reduction="sum", clip=None)
     losses, _ = SigmaMAML(minimiser=steps).losses(case.density, tiny, case.shared, case.tasks)
     at_start = problem.at(log_scale=np.full(5, math.log(1e-6)))
     assert_close(losses.sum(), at_start.meta(), 1e-6)
     slopes = torch.autograd.grad(losses.sum(), [tiny.loc, tiny.log_scale])
     assert_close(slopes[0], at_start.meta_grad().theta0, 1e-6)
     assert float(slopes[1].abs().max()) < 1e-6
-    bare = GradientDescent(0.01, 100, tolerance=0, momentum=momentum)
+    bare = GradientDescent(0.01, 100, tolerance=0, momentum=momentum, reduction="sum", clip=None)
     with torch.no_grad():
         lost, _ = SigmaIMAML(minimiser=bare).losses(case.density, tiny, case.shared, case.tasks)
     assert not bool((lost < 1e6).all())
@@ -230,7 +235,9 @@ def test_a_longer_adaptation_does_not_drift() -> None:
     problem, prior = modular()
     case = case_of(problem)
     done = fit(
-        SigmaMAML(steps=5, minimiser=ProximalDescent(0.05, 200, tolerance=0)),
+        SigmaMAML(
+            steps=5, minimiser=ProximalDescent(0.05, 200, tolerance=0, reduction="sum", clip=None)
+        ),
         case.density,
         case.tasks,
         prior=prior,
@@ -238,7 +245,9 @@ def test_a_longer_adaptation_does_not_drift() -> None:
     ends = []
     for steps in (400, 4000):
         own = done.strategy
-        longer = replace(own, minimiser=ProximalDescent(0.05, steps, tolerance=0))  # type: ignore[type-var]
+        longer = replace(
+            own, minimiser=ProximalDescent(0.05, steps, tolerance=0, reduction="sum", clip=None)
+        )  # type: ignore[type-var]
         with torch.no_grad():
             losses, _ = longer.losses(case.density, done.prior, case.shared, case.tasks)
         ends.append(losses)
