@@ -59,7 +59,7 @@ def radon() -> Workload:
 
 def steps_of(workload: Workload) -> dict[str, Step]:
     """One meta-step each: 16 inner gradient steps, 5 of conjugate gradients; or Newton for both."""
-    few = vm.GradientDescent(workload.step_size, 16, tolerance=0)
+    few = vm.GradientDescent(workload.step_size, 16, tolerance=0, reduction="sum", clip=None)
     solver = vm.CG(5, tolerance=0)
     amortised = {
         "amortised, envelope": vm.AmortisedVariational(minimiser=few),

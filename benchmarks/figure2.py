@@ -97,7 +97,9 @@ class Implicit:
     def __call__(self, steps: int) -> tuple[Tensor, int]:
         """Meta-gradient `[D]` and gradient evaluations."""
         strategy = vm.IMAML(
-            minimiser=vm.GradientDescent(self.step_size, max_iterations=steps, tolerance=0.0),
+            minimiser=vm.GradientDescent(
+                self.step_size, max_iterations=steps, tolerance=0.0, reduction="sum", clip=None
+            ),
             adjoint=vm.Implicit(vm.CG(max_iterations=self.cg, tolerance=0.0)),
             learn_scale=False,
         )

@@ -37,7 +37,14 @@ def seconds(device: str, tasks: int, *, compiled: bool = False, precision: str =
     )
     density = density.compiled() if compiled else density
     strategy = vm.IMAML(
-        minimiser=vm.GradientDescent(0.005, 16, tolerance=0, precision=precision),  # type: ignore[arg-type]
+        minimiser=vm.GradientDescent(
+            0.005,
+            16,
+            tolerance=0,
+            precision=precision,  # type: ignore[arg-type]
+            reduction="sum",
+            clip=None,
+        ),
         adjoint=vm.Implicit(vm.CG(5, tolerance=0)),
     )
     prior = vm.GaussianPrior.create(density.prior_loc.requires_grad_(), 10**-0.5)

@@ -75,7 +75,7 @@ STRATEGIES: tuple[vm.Strategy, ...] = (
     vm.LaplaceEvidence(),
     vm.AmortisedVariational(q="laplace", outside="query"),
     # Few steps of gradient descent suit no more than one of the problems: Adam needs no curvature.
-    vm.ABML(minimiser=vm.Adam(0.1, 30, tolerance=0)),
+    vm.ABML(natural=False, minimiser=vm.Adam(0.1, 30, tolerance=0, clip=None)),
     vm.IMAML(),
     vm.PyroSVI(AutoNormal, steps=5000),
     vm.PyroSVI(AutoMultivariateNormal, steps=5000),

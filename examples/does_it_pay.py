@@ -176,7 +176,11 @@ def strategies(setting: Setting, steps: int) -> dict[str, vm.Strategy]:
     assert size is not None
     # On channels and phases runs end next to minima, and a line search stays in their basins. A
     # network has none within reach: the further the descent, the worse the gradient of the runs.
-    down = vm.GradientDescent(size, 32, tolerance=0) if wide else vm.LBFGS()
+    down = (
+        vm.GradientDescent(size, 32, tolerance=0, reduction="sum", clip=None)
+        if wide
+        else vm.LBFGS()
+    )
     solver = vm.CG(10) if wide else vm.CG()
 
     def stochastic(estimator: Estimator) -> vm.Strategy:

@@ -92,12 +92,16 @@ def strategies(problem: Problem, steps: int, adapt: int) -> dict[tuple[str, str,
             out["shift", q, adapt] = replace(plain, shift=True, resets=vm.Reset(adapt))
     outer = max(steps // 10, 1)
     # Newton's method would take the network minutes; this is what the joint q_i take, too.
-    inner = vm.NewtonCG() if problem.density.dim < 10 else vm.Adam(0.02, adapt // 2, tolerance=0)
+    inner = (
+        vm.NewtonCG()
+        if problem.density.dim < 10
+        else vm.Adam(0.02, adapt // 2, tolerance=0, clip=None)
+    )
     out["amortised", "delta", np.nan] = vm.AmortisedVariational(
         q="delta", steps=outer, minimiser=inner
     )
     out["amortised", "diagonal", np.nan] = vm.ABML(
-        steps=outer, minimiser=vm.Adam(0.1, adapt // 5, tolerance=0)
+        steps=outer, natural=False, minimiser=vm.Adam(0.1, adapt // 5, tolerance=0, clip=None)
     )
     return out
 

@@ -141,7 +141,9 @@ def sigma(
     """The strategies that learn scales, by name."""
     common: dict[str, Any] = {"steps": steps, "learning_rate": rate, "posterior_kind": "delta"}
     inner = common if problem.minimiser is None else common | {"minimiser": problem.minimiser}
-    descent = vm.ProximalDescent(problem.step / support, long, tolerance=0, momentum=0.6)
+    descent = vm.ProximalDescent(
+        problem.step / support, long, tolerance=0, momentum=0.6, reduction="sum", clip=None
+    )
     return {
         "SigmaIMAML": vm.SigmaIMAML(**inner),
         **{k: vm.SigmaIMAML(adjoint=vm.Implicit(s), **inner) for k, s in SOLVERS.items()},
@@ -154,7 +156,9 @@ def plain(problem: Problem, support: int, steps: int, long: int = 50) -> dict[st
     """MAML and Reptile with a short inner budget and a long one, by name."""
     out: dict[str, vm.Strategy] = {}
     for count in (5, long):
-        descent = vm.GradientDescent(problem.step / support, count, tolerance=0)
+        descent = vm.GradientDescent(
+            problem.step / support, count, tolerance=0, reduction="sum", clip=None
+        )
         out[f"MAML, {count} steps"] = vm.MAML(
             steps=steps, learning_rate=0.1, minimiser=descent, checkpoint=10
         )

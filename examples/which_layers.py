@@ -137,7 +137,9 @@ def strategy(kind: str, steps: int, rate: float, learn_scale: bool) -> vm.SigmaM
         steps=steps,
         learning_rate=rate,
         learn_scale=learn_scale,
-        minimiser=ProximalDescent(STEP[kind], 6, tolerance=0, momentum=0.8),
+        minimiser=ProximalDescent(
+            STEP[kind], 6, tolerance=0, momentum=0.8, reduction="sum", clip=None
+        ),
         adjoint=vm.Unrolled(),
         posterior_kind="delta",
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from adjoint_problems import Tensors, assert_slopes, leaves, slopes
@@ -13,7 +15,7 @@ from linear_gaussian import LinearGaussian
 from test_logdet import AT, DIM, problem
 from torch import Tensor
 
-from varmeta import ABML, Adam, GaussianPrior, GradientDescent, fit
+from varmeta import ABML, Adam, Density, GaussianPrior, GradientDescent, Tasks, fit
 from varmeta.inference.base import Batch
 from varmeta.posterior import Gaussian
 from varmeta.seeds import generator
@@ -148,3 +150,31 @@ def test_scales_small_beside_the_start_need_no_other_step_size() -> None:
         )
     assert_close((mean - case.prior.loc) * 1000, (small.theta_stars() - small.theta0) * 1000, 1e-6)
     assert_close(sd**2, small.best_variances(), 1e-8)
+
+
+def counted(x: Tensor, y: Tensor | None = None) -> Tensor:
+    a = pyro.sample("a", dist.Normal(torch.ones((), dtype=x.dtype), 2.0))
+    with pyro.plate("rows", len(x)):
+        return pyro.sample("y", dist.Poisson((a + 0 * x[:, 0]).exp()), obs=y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, FLOAT])
+def test_behind_a_log_link_it_is_near_the_exact_posterior(dtype: torch.dtype) -> None:
+    """y = 0 to 1,000 in four rows, a ~ N(1, 2²), from the prior on; the truth by quadrature.
+
+    Within a posterior sd, and the sd within a quarter; for the default budget and its own draws.
+    """
+    values = (0.0, 1.0, 3.0, 30.0, 100.0, 1000.0)
+    rows = [(torch.ones(4, 1, dtype=dtype), torch.full((4,), y, dtype=dtype)) for y in values]
+    tasks = Tasks.from_list(rows)
+    done = fit(ABML(steps=1, learning_rate=1e-12), Density(counted, tasks), tasks, progress=False)
+    found = done.adapt(tasks)
+    assert isinstance(found, Gaussian)
+    grid = np.linspace(-15, 12, 200_001)
+    for y, mean, sd in zip(values, found.mean[:, 0], found.scale[:, 0], strict=True):
+        log = -0.5 * ((grid - 1) / 2) ** 2 + 4 * (y * grid - np.exp(grid))
+        weight = np.exp(log - log.max()) / np.exp(log - log.max()).sum()
+        centre = weight @ grid
+        spread = np.sqrt(weight @ (grid - centre) ** 2)
+        assert abs(float(mean) - centre) < spread, y
+        assert 0.8 < float(sd) / spread < 1.25, y

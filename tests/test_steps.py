@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -342,3 +343,32 @@ def test_adapting_stays_finite_on_every_likelihood(name: str, law: str) -> None:
             found = strategy.adapt(density, state, tasks.support, generator(2))
             assert bool(found.mean.isfinite().all())
             assert all(bool(s.to(dtype).isfinite().all()) for s in info.stats().values())
+
+
+# -- never silent ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("minimiser", "said"),
+    [
+        (GradientDescent(3.0, 6, tolerance=0, clip=None), "were led away by their inner steps"),
+        (GradientDescent(3.0, 6, tolerance=0), "even their last inner step cut"),
+        (GradientDescent(1e-3, 6, tolerance=0), None),
+    ],
+    ids=["plain", "cut", "short"],
+)
+@pytest.mark.parametrize("kind", [MAML, FOMAML, Reptile], ids=lambda k: k.__name__)
+def test_steps_that_did_not_hold_are_named(
+    kind: type[MAML], minimiser: GradientDescent, said: str | None
+) -> None:
+    """Steps of 3 where those above 0.5 swing ever wider (a curvature of 4 per row); at the end of
+    the fit and of an adaptation."""
+    tasks = lines(5, 0, 6)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        done = fit(kind(steps=1, minimiser=minimiser), Density(line, tasks), tasks, progress=False)
+        first = len(caught)
+        done.adapt(tasks.support)
+    ours = [[str(w.message) for w in part] for part in (caught[:first], caught[first:])]
+    for part in ours:
+        assert any(said in m for m in part) if said else not any("inner step" in m for m in part)

@@ -13,7 +13,11 @@ def strategy(workload: Workload) -> vm.IMAML:
     """iMAML with exactly the workload's budgets."""
     return vm.IMAML(
         minimiser=vm.GradientDescent(
-            step_size=workload.step_size, max_iterations=workload.inner_steps, tolerance=0.0
+            step_size=workload.step_size,
+            max_iterations=workload.inner_steps,
+            tolerance=0.0,
+            reduction="sum",
+            clip=None,
         ),
         adjoint=vm.Implicit(vm.CG(max_iterations=workload.cg_steps, tolerance=0.0)),
         learn_scale=False,

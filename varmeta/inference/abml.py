@@ -1,4 +1,4 @@
-"""Amortised Bayesian meta-learning: a diagonal Gaussian q_i by a few gradient steps from the prior.
+"""Amortised Bayesian meta-learning: a diagonal Gaussian q_i by a few steps from the prior.
 
 (Ravi & Beatson, 2019, Amortized Bayesian Meta-Learning.) From q = N(θ0, diag(σ0²)), the prior
 itself, K gradient steps on KL[q ‖ N(θ0, Σ)] + E_q f_i lead to q_i, f_i the loss of the support
@@ -6,8 +6,13 @@ rows. θ0, the scales and φ minimise Σ_i KL[q_i ‖ N(θ0, Σ)] + E_{q_i}[f_i 
 all rows of the task, through the steps. Within one adaptation E_q is an average over the same
 standardised draws in every step; the outer bound has draws of its own, so that a q_i that fitted
 its draws gains nothing. Where the paper steps in θ and log σ, here the mean moves in units of the
-prior's standard deviations, (m−θ0)/σ0, and the spread as log(s/σ0): the KL's own curvature is then
-1 and 2 whatever the scales are, and a step size that fits stays one while they are learned. The
+prior's standard deviations, (m−θ0)/σ0, and the spread as log(s/σ0), and both follow the natural
+gradient: s² times the mean's, a half of log s's (Khan & Rue, 2023, The Bayesian Learning Rule), so
+that a step follows the curvature of the bound, as s² falls to its inverse, and its size is a pure
+number whatever the data, the link and the number of rows. A step of more than one prior sd, or one
+unit of log s, is shortened to that (`FirstOrder.clip`): q starts as wide as the prior, where an
+exponential link averages e^30. The steps' draws have a mean square of exactly 1 in each coordinate.
+`natural=False` steps along the plain gradient by the mean over rows, as in the paper. The
 hyperprior is that of every strategy here; theirs is normal on the mean, gamma on the precision.
 """
 
@@ -74,9 +79,12 @@ class ABML(MetaGradient):
 
     Attributes:
         minimiser: the steps, on the mean in units of the prior's standard deviations and on the
-            log of the spread in these units; a step size below 2 over 1 + σ0²·(curvature of f).
+            log of the spread in these units. Along the natural gradient a step size of 1 is
+            Newton's in one coordinate, and one below 2/D is stable in D of them, however
+            correlated; in wide networks `natural=False` with `Adam` may hold better.
         samples: draws of θ for E_q, in the steps and again outside; antithetic pairs, so an even
             number.
+        natural: step along the natural gradient; else along the plain one.
 
     The other attributes are those of `MetaGradient`.
 

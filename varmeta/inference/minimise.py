@@ -295,7 +295,7 @@ class GradientDescent(FirstOrder):
 
     A step is −step_size · ∇E/n, n the number of the task's rows, so that a task with more of them
     takes no longer steps; the minimum is that of E. Papers that average their loss (MAML, iMAML)
-    give such step sizes; their λ then stands for n·Λ. A task without rows counts as one row, and so
+    give such step sizes, and their λ is then Λ/n. A task without rows counts as one row, and so
     does an energy that knows no rows (a bare function).
 
     Attributes:
