@@ -118,7 +118,7 @@ def test_adapting_is_training_s_adaptation() -> None:
     posterior = done.adapt(case.tasks.support)
     assert isinstance(posterior, Gaussian) and posterior.kind == "gaussian"
     assert posterior.sd.shape == (6, 3) and bool((posterior.sd > 0).all())
-    assert posterior.stats["iterations"].tolist() == [10] * 6
+    assert posterior.stats["iterations"].tolist() == [15] * 6
 
 
 def test_memory_counts_every_step_of_every_draw() -> None:

@@ -6,15 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from varmeta.inference.energy import Energy, as_energy
 from varmeta.inference.linear import default_tolerance
+from varmeta.inference.pace import Pace, length_of
 from varmeta.models.programs import Derivative, Linearised, Product
 
 _CUT = 0.999  # of the longest step; a step as long as that was shortened
@@ -70,28 +70,6 @@ class Path:
     iterations: Tensor
     gradients: int
     cut: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Pace:
-    """What makes a step of a gradient.
-
-    Attributes:
-        size: what a gradient is multiplied by; a number, or a tensor that spreads to `[T, D]`.
-        longest: `[D]`, the longest step in each coordinate; None for no bound.
-    """
-
-    size: float | Tensor
-    longest: Tensor | None
-
-    def bounded(self, step: Tensor) -> Tensor:
-        """The step `[T, D]`, shortened as a whole until no coordinate exceeds its longest."""
-        if self.longest is None:
-            return step
-        if torch.is_grad_enabled() and (step.requires_grad or self.longest.requires_grad):
-            out: Tensor = _Bounded.apply(step, self.longest)
-            return out
-        return _bounded(step, self.longest)[0]
 
 
 class Minimiser(Protocol):
@@ -219,7 +197,7 @@ class FirstOrder(ABC):
         grad = slope(theta)
         moved, memory = self.move(0, theta, grad, memory, Pace(size, longest))
         norm = torch.where(norm < 0, grad.norm(dim=-1), norm)
-        return moved, norm, _length(moved - theta, longest), size, longest, *memory
+        return moved, norm, length_of(moved - theta, longest), size, longest, *memory
 
     def run(
         self,
@@ -263,7 +241,7 @@ class FirstOrder(ABC):
                 if self.tolerance == 0:
                     if count == self.max_iterations - 1 and pace.longest is not None:
                         step = moved.detach() - theta.detach()
-                        cut = _length(step, pace.longest.detach()) > _CUT
+                        cut = length_of(step, pace.longest.detach()) > _CUT
                     theta = moved
                     continue
                 norm = grad.detach().norm(dim=-1)
@@ -485,47 +463,6 @@ def goal_norm(norm: Tensor, tolerance: float | None, dtype: torch.dtype) -> Tens
             "it None, or use float64 data"
         )
     return relative * (1 + norm)
-
-
-def _length(step: Tensor, longest: Tensor) -> Tensor:
-    """`[T]`, of a step `[T, D]`, 1 for the longest; 0 where none is."""
-    return (step / longest).abs().amax(-1)
-
-
-def _bounded(step: Tensor, longest: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The shortened step `[T, D]`, its length before in units of the longest `[T, 1]`, and where.
-
-    An overflow is a very long step in its direction; what is NaN stays so.
-    """
-    most = torch.finfo(step.dtype).max
-    ratio = (step / longest).clamp(-most, most)
-    length, where = ratio.abs().max(-1, keepdim=True)
-    return torch.where(length > 1, longest * (ratio / length), step), length, where
-
-
-class _Bounded(torch.autograd.Function):
-    """`_bounded`, which keeps the step alone for its derivative."""
-
-    @staticmethod
-    def forward(ctx: Any, step: Tensor, longest: Tensor) -> Tensor:
-        ctx.save_for_backward(step, longest)
-        return _bounded(step, longest)[0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        step, longest = ctx.saved_tensors
-        out, length, where = _bounded(step, longest)
-        # out = step / length, length = |step_j| / longest_j at the coordinate j that is longest.
-        along, ends = (v * out).sum(-1, keepdim=True), longest[where]
-        cut = length > 1
-        back = torch.where(cut, v / length, v)
-        turn = torch.where(cut, along / length * step.gather(-1, where).sign() / ends, 0.0)
-        back = back.scatter_add(-1, where, -turn)
-        if not ctx.needs_input_grad[1]:
-            return back, None
-        share = torch.where(cut, along / ends, 0.0)
-        return back, torch.zeros_like(longest).index_add(0, where[:, 0], share[:, 0])
 
 
 def check_budget(max_iterations: int, tolerance: float | None) -> None:
