@@ -123,7 +123,7 @@ def test_optimum_of_the_point_bound_is_the_joint_map() -> None:
 def test_adapting_gives_the_exact_posterior() -> None:
     drawn = LinearGaussian.random(14)
     case = case_of(drawn)
-    strategy = LaplaceEvidence(steps=1, learning_rate=1e-12)
+    strategy = LaplaceEvidence(steps=1, learning_rate=1e-12, optimiser="adam")
     posterior = fit(strategy, case.density, case.tasks, prior=case.prior).adapt(case.tasks.support)
     assert isinstance(posterior, Gaussian) and posterior.kind == "laplace"
     assert_close(posterior.mean, drawn.theta_stars(), 1e-8)

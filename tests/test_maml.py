@@ -266,12 +266,12 @@ def test_reptile_moves_towards_the_tasks(
     assert torch.equal(state.meta.prior.log_scale, case.prior.log_scale)
 
 
-def test_reptile_halves_its_rate_half_way(problem: LinearGaussian) -> None:
-    """ε(1 + cos(π step/steps))/2."""
+def test_reptile_halves_its_rate_half_way_through_the_last_quarter(problem: LinearGaussian) -> None:
+    """ε(1 + cos π/2)/2, after ε in the first three."""
     case = case_of(problem)
-    strategy = Reptile(minimiser=steps(), learning_rate=0.8, steps=10)
+    strategy = Reptile(minimiser=steps(), learning_rate=0.8, steps=8)
     state = begun(strategy, case)
-    state.step = 5
+    state.step = 7
     strategy.step(case.density, state, whole(case), generator(0))
     mean = ends(problem).mean(0)
     assert_close(state.meta.prior.loc, problem.theta0 + 0.4 * (mean - problem.theta0), 1e-12)

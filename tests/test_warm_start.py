@@ -43,7 +43,7 @@ def test_only_visited_rows_are_remembered() -> None:
     state = strategy.init(CASE.density, prior, CASE.tasks, generator(0))
     batch = Batch(CASE.tasks.select([1, 3]), torch.tensor([1, 3]), 5)
     strategy.step(CASE.density, state, batch, generator(0))
-    seen = ~state.tensors["visited"].isnan().any(-1)
+    seen = ~state.tensors["minima"].isnan().any(-1)
     assert seen.tolist() == [False, True, False, True, False]
 
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pandas as pd
 import torch
@@ -474,7 +475,7 @@ class IterateTest:
         """The step size now, from its first value."""
         tail = max(self.steps // 4, 1)
         end = decayed(1.0, max(step - (self.steps - tail), 0), tail)
-        return base * 0.5 ** int(tensors["trail_count"][4]) * end
+        return float(base * 0.5 ** _numbers(tensors)[4] * end)
 
     def add(
         self, tensors: dict[str, Tensor], values: Tensor, unit: Tensor | float
@@ -485,14 +486,14 @@ class IterateTest:
             The average of the last segment where steps of this size have done what they can, else
             None; and whether the run has arrived there.
         """
-        count = tensors["trail_count"]
-        inside, block, size, before, halvings = count.tolist()
+        count = _numbers(tensors)
+        inside, block, size, before, halvings = map(int, count)
         tensors["trail"][1, block] += _watched(values, tensors["trail"].shape[-1]) / size
         tensors["trail_sum"][1] += values
         inside += 1
         if inside < size or block + 1 < _BLOCKS:
             block, inside = (block + 1, 0) if inside == size else (block, inside)
-            count[:2] = torch.tensor([inside, block])
+            count[:2] = inside, block
             return None, False
         average, arrived = None, False
         if before and self._settled(tensors, unit):
@@ -500,12 +501,12 @@ class IterateTest:
             gone = (average - tensors["trail_average"]).abs() / unit
             arrived = bool(gone.max() <= 2 * self.tolerance)  # each has an error of its own
             tensors["trail_average"].copy_(average)
-            count.copy_(torch.tensor([0, 0, size, 0, halvings + 1]))
+            count[:] = 0, 0, size, 0, halvings + 1
         else:
             for name in ("trail", "trail_sum"):
                 tensors[name][0] = tensors[name][1]
             longer = max(size + 1, round(size * _GROWTH)) if before else size
-            count.copy_(torch.tensor([0, 0, longer, size, halvings]))
+            count[:] = 0, 0, longer, size, halvings
         for name in ("trail", "trail_sum"):
             tensors[name][1] = 0.0
         return average, arrived
@@ -521,6 +522,11 @@ class IterateTest:
         error = (within[1] / _BLOCKS).sqrt() / scale
         same = (rhat.max() <= _WORST_RHAT) & (rhat.square().mean() <= _MEAN_RHAT**2)
         return bool(same & (error.max() <= self.tolerance))
+
+
+def _numbers(tensors: dict[str, Tensor]) -> Any:
+    """The counts of an `IterateTest` as an array on the same memory, which no device waits for."""
+    return tensors["trail_count"].numpy()
 
 
 def _watched(values: Tensor, count: int) -> Tensor:
