@@ -308,11 +308,14 @@ def iterates(
     """Where noisy steps towards 0 end by the test: their average, after how many, all averages."""
     test, draws = IterateTest(0.2, steps), generator(seed)
     x = tensor([start, -start])
-    tensors, averages = test.begin(x), []
+    case = case_of(LinearGaussian.random(0, dim=2))
+    state = State(Meta.start(case.density, case.prior), tensors=test.begin(x))
+    averages: list[Tensor] = []
     for step in range(steps):
-        rate = test.rate(tensors, 0.5, step)
+        state.step = step
+        rate = test.rate(state, 0.5)
         x = x - rate * (pull * x + noise * torch.randn(2, generator=draws, dtype=FLOAT))
-        average, arrived = test.add(tensors, x, 1.0)
+        average, arrived = test.add(state, x, 1.0)
         if average is not None:
             averages.append(average)
             x = average.clone()
@@ -460,7 +463,7 @@ def test_a_streams_task_that_is_not_finite_is_skipped_counted_and_named() -> Non
     with pytest.warns(RuntimeWarning, match=r"of the stream's 320 tasks were skipped.*: '\d'"):
         done = fit(IMAML(steps=40, skip=0.1), density, source)
     assert done.finished and bool(done.prior.loc.isfinite().all())
-    assert 0 < int(done.state.tensors["skipped"][0]) < 20
+    assert 0 < int(done.state.counts["skipped"][0]) < 20
 
 
 @pytest.mark.parametrize(("bad", "skip"), [(0.5, 0.05), (0.05, 0.0)])

@@ -112,6 +112,7 @@ class State:
         optimisers: by name.
         tensors: what else the strategy keeps (per-task tables, draws).
         step: steps done.
+        counts: what the strategy counts, as whole numbers.
         arrived: why no further step is needed, in words; empty while the run goes on.
         cache: what can be made again from the rest; not saved.
     """
@@ -120,6 +121,7 @@ class State:
     optimisers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     step: int = 0
+    counts: dict[str, list[int]] = field(default_factory=dict)
     arrived: str = ""
     cache: dict[str, Any] = field(default_factory=dict)
 
@@ -128,6 +130,7 @@ class State:
         return {
             "step": self.step,
             "arrived": self.arrived,
+            "counts": deepcopy(self.counts),
             "raw": {name: t.detach().clone() for name, t in self.meta.raw.items()},
             "tensors": {name: t.detach().clone() for name, t in self.tensors.items()},
             "optimisers": {name: deepcopy(o.state_dict()) for name, o in self.optimisers.items()},
@@ -154,6 +157,7 @@ class State:
         for name, optimiser in self.optimisers.items():
             optimiser.load_state_dict(deepcopy(saved["optimisers"][name]))
         self.step, self.arrived = saved["step"], saved["arrived"]
+        self.counts = deepcopy(saved["counts"])
 
 
 @dataclass(frozen=True, eq=False)

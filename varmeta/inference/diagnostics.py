@@ -127,11 +127,11 @@ def warn_of_limit(name: str, reason: str) -> None:
     warnings.warn(f"{name} did not converge: {reason}", NotConverged, stacklevel=3)
 
 
-def warn_of_skipped(name: str, skipped: Tensor, names: Sequence[str]) -> None:
+def warn_of_skipped(name: str, skipped: Sequence[int], names: Sequence[str]) -> None:
     """Count and name a stream's tasks that were left out."""
     some = ", ".join(map(repr, names[:5])) + f" and {len(names) - 5} more" * (len(names) > 5)
     warnings.warn(
-        f"{name}: {int(skipped[0])} of the stream's {int(skipped[1])} tasks were skipped, since "
+        f"{name}: {skipped[0]} of the stream's {skipped[1]} tasks were skipped, since "
         f"their loss or its gradient was not finite{f': {some}' if names else ''}. Check their "
         "data, or tighten the model's priors",
         RuntimeWarning,

@@ -273,8 +273,8 @@ def fit(
     if path is not None:
         result.save(path)
     warn_of(strategy.name, result.stats)
-    skipped = state.tensors.get("skipped")
-    if skipped is not None and int(skipped[0]):
+    skipped = state.counts.get("skipped", [0])
+    if skipped[0]:
         warn_of_skipped(strategy.name, skipped, state.cache.get("skipped", []))
     if result.converged is False:
         warn_of_limit(strategy.name, result.reason)

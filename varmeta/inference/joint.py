@@ -328,7 +328,7 @@ class JointVariational(Strategy):
         else:
             found, _ = self._evaluate(density, state, batch)
             state.tensors.update(found.keep)
-        rate = self._test.rate(state.tensors, self.learning_rate, state.step)
+        rate = self._test.rate(state, self.learning_rate)
         update(state.optimisers["meta"], meta.leaves(), found.grads, rate)
         self._look_at_iterates(state, batch)
         return found.info
@@ -455,7 +455,7 @@ class JointVariational(Strategy):
         if not tested:
             return
         unit = units(state.meta, batch.total, tested)
-        average, arrived = self._test.add(state.tensors, flat([*tested.values()]), unit)
+        average, arrived = self._test.add(state, flat([*tested.values()]), unit)
         if average is not None and self.prior_update != "closed_form":
             put(state.meta, average)
         if arrived:
@@ -541,8 +541,8 @@ class JointVariational(Strategy):
 
     def _rate(self, state: State) -> float:
         """The prior's learning rate now."""
-        if self.resets is None and "trail_count" in state.tensors:
-            return self._test.rate(state.tensors, self.learning_rate, state.step)
+        if self.resets is None:
+            return self._test.rate(state, self.learning_rate)
         return decayed(self.learning_rate, state.step, self.steps)
 
     def _points(self, q: GaussianQ, generator: torch.Generator) -> Tensor | None:

@@ -205,7 +205,7 @@ class MetaGradient(Strategy):
         self.apply(state, leaves, _clipped(found.grads, self.clip))
         if leaves:
             unit = units(state.meta, batch.total)
-            average, arrived = self.iterate_test.add(state.tensors, flat(leaves), unit)
+            average, arrived = self.iterate_test.add(state, flat(leaves), unit)
             if average is not None:
                 put(state.meta, average)
             if arrived:
@@ -274,12 +274,12 @@ class MetaGradient(Strategy):
             return self.evaluate(density, state, part, generator.set_state(seed))
 
         count = len(batch.tasks)
-        skipped = state.tensors.setdefault("skipped", torch.zeros(2, dtype=torch.long))
+        skipped = state.counts.setdefault("skipped", [0, 0])
         try:
             found, bad = evaluate(list(range(count))), list[int]()
         except NonFiniteLoss as error:
             bad = [i for i in range(count) if not _is_finite(evaluate, i)]
-            gone, seen = int(skipped[0]) + len(bad), int(skipped[1]) + count
+            gone, seen = skipped[0] + len(bad), skipped[1] + count
             allowed = max(self.skip * seen, 1.0 if self.skip > 0 else 0.0)
             if not bad or len(bad) == count or gone > allowed:
                 raise NonFiniteLoss(
@@ -288,7 +288,7 @@ class MetaGradient(Strategy):
                 ) from error
             found = evaluate([i for i in range(count) if i not in bad])
             state.cache.setdefault("skipped", []).extend(batch.tasks.names[i] for i in bad)
-        skipped += torch.tensor([len(bad), count])
+        skipped[:] = skipped[0] + len(bad), skipped[1] + count
         return found
 
     def rows_inside(self, tasks: Tasks) -> Tasks:
@@ -328,7 +328,7 @@ class MetaGradient(Strategy):
 
     def rate(self, state: State, base: float) -> float:
         """A learning rate as it is now, from its first value."""
-        return self.iterate_test.rate(state.tensors, base, state.step)
+        return self.iterate_test.rate(state, base)
 
 
 def _grad(total: Tensor, leaves: list[Tensor]) -> list[Tensor]:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import pandas as pd
 import torch
@@ -137,8 +136,8 @@ def moving(state: State) -> pd.DataFrame:
         own = error / tensors["outer_unit"]
         moves = own * tensors["outer_slope"].abs()  # up to correlations
     elif "trail" in tensors and len(values) == tensors["trail"].shape[-1]:
-        first, second = tensors["trail"].mean(1) if int(tensors["trail_count"][1]) == 0 else (0, 0)
-        moves = (second - first).abs() if isinstance(second, Tensor) else moves
+        first, second = tensors["trail_average"], values
+        moves = (second - first).abs()
     columns = {"value": values, "error": error, "moves": moves}
     table = pd.DataFrame({k: v.detach().cpu().double().numpy() for k, v in columns.items()})
     table.insert(0, "quantity", names(meta) if len(values) else [])
@@ -182,8 +181,6 @@ class QuasiNewton:
             "outer_error": torch.full_like(like, torch.nan),
             "outer_best": torch.full_like(like, torch.nan),
             "outer_least": like.new_full((), torch.inf, dtype=torch.float64),
-            # Whether it goes on by first-order steps; small steps in a row; restarts without gain.
-            "outer_count": torch.zeros(3, dtype=torch.long),
         }
         tensors |= self.iterate_test.begin(like)
         return tensors, {"quasi": _lbfgs(moved), "first": torch.optim.Adam([moved], lr=_FIRST)}
@@ -202,7 +199,12 @@ class QuasiNewton:
     @staticmethod
     def has_jumps(state: State) -> bool:
         """Whether the objective was found not to be smooth."""
-        return bool(state.tensors["outer_count"][0])
+        return bool(_outer_count(state)[0])
+
+
+def _outer_count(state: State) -> list[int]:
+    """Whether it goes on by first-order steps; small steps in a row; restarts without gain."""
+    return state.counts.setdefault("outer", [0, 0, 0])
 
 
 def _lbfgs(leaf: Tensor) -> torch.optim.LBFGS:
@@ -260,7 +262,7 @@ class _Descent:
             end, slope = known[_key(before)]
         self.keep(end, slope)
         self.settle()
-        count = tensors["outer_count"]
+        count = _outer_count(state)
         small = start - end < max(self.nats, rounding)
         count[1] = count[1] + 1 if small else 0
         if not small:
@@ -274,12 +276,12 @@ class _Descent:
         tensors, rule = self.tensors, self.rule
         u, test = tensors["outer"], rule.iterate_test
         optimiser, slope = self.state.optimisers["first"], tensors["outer_slope"].clone()
-        update(optimiser, [u], [slope], test.rate(tensors, _FIRST, self.state.step))
+        update(optimiser, [u], [slope], test.rate(self.state, _FIRST))
         self.choose()
         if float(tensors["outer_loss"]) < float(tensors["outer_least"]):
             tensors["outer_least"].copy_(tensors["outer_loss"])
             tensors["outer_best"].copy_(u.detach())
-        average, arrived = test.add(tensors, u.detach().clone(), 1.0)
+        average, arrived = test.add(self.state, u.detach().clone(), 1.0)
         last = self.state.step + 1 >= rule.steps
         if average is not None:
             self.move(average)
@@ -339,11 +341,11 @@ class _Descent:
             tensors["outer"].zero_()
         self.state.optimisers["quasi"] = _lbfgs(tensors["outer"])
         self.choose()
-        tensors["outer_count"][1] = 0
+        _outer_count(self.state)[1] = 0
 
     def judge(self, stuck: bool, rounding: float) -> None:
         """Has it arrived? Else go on from a better place, or say that there are jumps."""
-        tensors, count = self.tensors, self.tensors["outer_count"]
+        tensors, count = self.tensors, _outer_count(self.state)
         slope = tensors["outer_slope"]
         here, value = tensors["outer"].detach().clone(), float(tensors["outer_loss"])
         if len(slope) > _VERIFIED or slope.dtype != torch.float64:
@@ -390,7 +392,7 @@ class _Descent:
         if float(slope.abs().max()) ** 2 <= max(2 * self.nats, rounding):
             self.state.arrived = "the objective changes by rounding alone"
         else:
-            self.tensors["outer_count"][0] = 1
+            _outer_count(self.state)[0] = 1
 
     def curvature(self, here: Tensor, slope: Tensor) -> Tensor:
         """Second derivatives of T · loss in u, by differences of gradients, `[n, n]`."""
@@ -467,27 +469,23 @@ class IterateTest:
             "trail": zeros,
             "trail_sum": like.new_zeros(2, len(like)),
             "trail_average": torch.full_like(like, torch.nan),
-            # Steps in this block, blocks in this segment, steps a block (now, before), halvings.
-            "trail_count": torch.tensor([0, 0, _FIRST_BLOCK, 0, 0]),
         }
 
-    def rate(self, tensors: dict[str, Tensor], base: float, step: int) -> float:
+    def rate(self, state: State, base: float) -> float:
         """The step size now, from its first value."""
         tail = max(self.steps // 4, 1)
-        end = decayed(1.0, max(step - (self.steps - tail), 0), tail)
-        return float(base * 0.5 ** _numbers(tensors)[4] * end)
+        end = decayed(1.0, max(state.step - (self.steps - tail), 0), tail)
+        return float(base * 0.5 ** _trail_count(state)[4] * end)
 
-    def add(
-        self, tensors: dict[str, Tensor], values: Tensor, unit: Tensor | float
-    ) -> tuple[Tensor | None, bool]:
+    def add(self, state: State, values: Tensor, unit: Tensor | float) -> tuple[Tensor | None, bool]:
         """Count an iterate `[n]` in.
 
         Returns:
             The average of the last segment where steps of this size have done what they can, else
             None; and whether the run has arrived there.
         """
-        count = _numbers(tensors)
-        inside, block, size, before, halvings = map(int, count)
+        tensors, count = state.tensors, _trail_count(state)
+        inside, block, size, before, halvings = count
         tensors["trail"][1, block] += _watched(values, tensors["trail"].shape[-1]) / size
         tensors["trail_sum"][1] += values
         inside += 1
@@ -524,9 +522,9 @@ class IterateTest:
         return bool(same & (error.max() <= self.tolerance))
 
 
-def _numbers(tensors: dict[str, Tensor]) -> Any:
-    """The counts of an `IterateTest` as an array on the same memory, which no device waits for."""
-    return tensors["trail_count"].numpy()
+def _trail_count(state: State) -> list[int]:
+    """Steps in this block, blocks in this segment, steps a block (now, before), halvings."""
+    return state.counts.setdefault("trail", [0, 0, _FIRST_BLOCK, 0, 0])
 
 
 def _watched(values: Tensor, count: int) -> Tensor:

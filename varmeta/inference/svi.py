@@ -170,10 +170,10 @@ class PyroSVI(Strategy):
     ) -> StepInfo:
         """One gradient step on the guide; the last one writes θ0, scales and φ down in `meta`."""
         batch.require_all("PyroSVI")
-        rate = self._test.rate(state.tensors, self.learning_rate, state.step)
+        rate = self._test.rate(state, self.learning_rate)
         loss = self._descend(density, state, batch.tasks, generator, rate)
         leaves = _guide(state)
-        average, arrived = self._test.add(state.tensors, flat(leaves), _UNIT)
+        average, arrived = self._test.add(state, flat(leaves), _UNIT)
         if average is not None:
             with torch.no_grad():
                 for leaf, part in zip(
