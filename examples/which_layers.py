@@ -222,7 +222,7 @@ def one(
 ) -> list[dict[str, Any]]:
     """All arms on one seed; those that the first one's table names at last."""
     new = KINDS[kind](data, tasks, True)(generator(1000, seed))
-    seen = KINDS[kind](data, tasks, False)(generator(1001, seed)).support
+    seen = KINDS[kind](data, tasks, False)(generator(1001, seed))  # costs are of its query images
     rows: list[dict[str, Any]] = []
     named: tuple[str, ...] = ()
 

@@ -79,7 +79,8 @@ def unfitted(
     strategy = strategy or JointVariational()
     prior = prior or GaussianPrior.from_density(density)
     training = tasks if isinstance(tasks, TaskSource) else strategy.prepare(tasks, 0)
-    state = strategy.init(density, prior, training, torch.Generator())
+    settled = strategy.settled(density, whole=True)
+    state = settled.init(density, prior, training, torch.Generator())
     return Fit(strategy, density, tasks, state, 0, pd.DataFrame(), stats)
 
 

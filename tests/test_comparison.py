@@ -200,7 +200,7 @@ def test_folder_finish_overwrite_resume(tmp_path: Path, monkeypatch: pytest.Monk
     assert np.allclose(written["elpd"], result.table["elpd"])
     modules = pd.read_csv(folder / "modules.csv")
     for name, outcome in result.outcomes.items():
-        own = outcome.fit.shrinkage(posterior=outcome.known).table
+        own = outcome.fit.shrinkage(posterior=outcome.known, query=train.query).table
         mine = modules[modules["strategy"] == name].drop(columns="strategy")
         pd.testing.assert_frame_equal(mine.reset_index(drop=True), own)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -17,13 +19,16 @@ from varmeta import (
     IMAML,
     CompletePooling,
     Density,
+    GaussianPrior,
     GradientDescent,
     Implicit,
     LaplaceEvidence,
     Tasks,
+    TaskSource,
     fit,
 )
-from varmeta.inference.diagnostics import note, warn_of
+from varmeta.inference import determined
+from varmeta.inference.diagnostics import note, warn_of, warn_of_collapse
 
 GOOD = {
     "converged": torch.tensor([True, True, True]),
@@ -89,9 +94,36 @@ def test_a_collapsed_scale_is_named() -> None:
     x = torch.linspace(-1, 1, 4, dtype=torch.float64)[:, None]
     tasks = Tasks.from_list([(x, level + x[:, 0]) for level in (-1.0, 0.0, 1.0, 2.0)])
     density = Density(alike, tasks)
-    with pytest.warns(RuntimeWarning, match="the scale of 'slope' fell to .*name the site in shar"):
-        fit(LaplaceEvidence(steps=60, learning_rate=0.3), density, tasks)
+    with pytest.warns(RuntimeWarning, match="tell the scale of 'slope' .* name the site in shar"):
+        done = fit(LaplaceEvidence(steps=60, learning_rate=0.3), density, tasks)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.warns(RuntimeWarning, match="the scale of 'slope' fell to .*name the site in shar"),
+    ):
+        patch.setattr(determined, "MAX_MODULES", 1)  # too many to ask the evidence
+        warn_of_collapse(done)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit(LaplaceEvidence(steps=60, learning_rate=0.3, learn_scale=False), density, tasks)
         fit(CompletePooling(), density, tasks)
+
+
+@pytest.mark.parametrize("law", ["half-normal", "half-cauchy", None])
+def test_on_a_stream_the_hyperprior_counts_nothing_and_that_is_said(
+    law: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing: the fit is that of a flat belief, bit for bit. A law that was chosen: a warning."""
+    case = case_of(LinearGaussian.random(3, num_tasks=4))
+    source = TaskSource(lambda g: case.tasks)
+    kind: Any = {"hyperprior": False} if law is None else {"scale_law": law}
+    flat, prior = (
+        GaussianPrior.from_density(case.density, **k) for k in ({"hyperprior": False}, kind)
+    )
+    chosen = law == "half-cauchy"
+    with caplog.at_level(logging.INFO, "varmeta"), warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        done = fit(IMAML(steps=2), case.density, source, prior=prior, progress=False)
+        same = fit(IMAML(steps=2), case.density, source, prior=flat, progress=False)
+    assert torch.equal(done.prior.log_scale, same.prior.log_scale)
+    assert sum("counts 0" in str(w.message) for w in seen) == chosen
+    assert sum("counts 0" in r.getMessage() for r in caplog.records) == (law == "half-normal")

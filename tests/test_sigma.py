@@ -230,6 +230,7 @@ def test_no_scale_is_too_small_for_it(momentum: float) -> None:
     assert not bool((lost < 1e6).all())
 
 
+@pytest.mark.filterwarnings("ignore:SigmaMAML. the data hardly tell the scale of 'c'")  # few tasks
 def test_a_longer_adaptation_does_not_drift() -> None:
     """Once at the minimum, ten times the steps change nothing, with scales learned on the way."""
     problem, prior = modular()

@@ -49,7 +49,9 @@ class Comparison:
             `elpd_diff` to the best strategy with that of the paired difference `elpd_diff_se`,
             `rmse` of the predictive mean, `coverage` of the central 90% predictive interval,
             `pareto_k` of the worst task, given the rows that its posterior was conditioned on (see
-            `evidence`; above 0.7 its q_i is not to be trusted; NaN for draws and deltas),
+            `evidence`; above 0.7 its q_i is not to be trusted; −inf where q_i is exact for the
+            learned prior held fixed, which leaves out what is not known of its scales; NaN for
+            draws and deltas),
             `gap`, the mean `reachability_gap` of the training tasks, nats per task: how much worse
             a fresh adaptation is than the posteriors that the strategy kept,
             `seconds` of learning, `adapt_seconds`, `gradients` (evaluations of one task's loss),
@@ -57,8 +59,9 @@ class Comparison:
             coordinates of |difference of means| / sd of NUTS, and `sd_ratio`, the median ratio of
             sds; `converged`, whether learning ended before its limit of steps did (None where it
             has none, or cannot say), and `reason`, in words; `failed`, why the strategy failed, ''
-            if it did not. NaN where there is nothing to score; a strategy that failed before it
-            was scored has '' as `posterior`.
+            if it did not; `undetermined`, the modules whose scale the training data hardly tell
+            from 0, given which the posteriors are all the same. NaN where there is nothing to
+            score; a strategy that failed before it was scored has '' as `posterior`.
     """
 
     density: Density
@@ -82,12 +85,14 @@ class Comparison:
     def shrinkage(self, least: float = 0.1) -> pd.DataFrame:
         """`fit.shrinkage(least=least)` of every strategy, with `strategy` as first column.
 
+        On the query rows, where the training tasks have some.
+
         Raises:
             ValueError: more than 1,000 modules.
         """
-        tables = []
+        tables, query = [], self.train.query if bool(self.train.is_query.any()) else None
         for name, outcome in self.outcomes.items():
-            found = outcome.fit.shrinkage(posterior=outcome.known, least=least).table
+            found = outcome.fit.shrinkage(posterior=outcome.known, query=query, least=least).table
             found.insert(0, "strategy", name)
             tables.append(found)
         return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()

@@ -65,8 +65,9 @@ def to_arviz(
       `az.loo_approximate_posterior` takes them for the rows of one task, `loo` for all tasks.
       Left out where there are none.
     - `shrinkage`: the columns of `fit.shrinkage()` for these tasks, `(module)`: `size`, `scale`,
-      `start`, `movement`, `relative`, `cost` (nats per task) and, for its verdict, `adapted`. A
-      group of varmeta's own; left out for a prior of more than 1,000 modules.
+      `start`, `movement`, `relative`, `cost`, `cost_se`, `optimism` (nats per task; on the query
+      rows of `tasks`, if it has some) and, for its verdict, `adapted`. A group of varmeta's own;
+      left out for a prior of more than 1,000 modules.
 
     With a `"delta"` posterior all draws are alike, which leaves PSIS (`az.loo`, `az.compare`)
     nothing to go by: ArviZ 0.x warns of every row, ArviZ 1.x raises.
@@ -106,6 +107,8 @@ def to_arviz(
     trained = tasks is None or tasks is fit.tasks
     with torch.no_grad():
         groups = _groups(fit, rows, posterior, trained, draws, seed)
+        query = tasks.query if tasks is not None and bool(tasks.is_query.any()) else None
+        groups["shrinkage"] = _shrinkage(fit, rows, posterior, query)
     names = np.array(rows.names)
     coords = {
         "module": ("module", np.array([n.replace("/", ".") for n in fit.prior.modules.names])),
@@ -171,7 +174,6 @@ def _groups(
         "observed_data": {target: _variable(target, rows.targets[rows.mask], "row")},
         "constant_data": constant,
         "sample_stats": stats,
-        "shrinkage": _shrinkage(fit, rows, posterior),
     }
 
 
@@ -257,10 +259,10 @@ def _training_stats(fit: Fit) -> dict[str, np.ndarray]:
     return out
 
 
-def _shrinkage(fit: Fit, rows: Tasks, posterior: TaskPosterior) -> Variables:
+def _shrinkage(fit: Fit, rows: Tasks, posterior: TaskPosterior, query: Tasks | None) -> Variables:
     if len(fit.prior.log_scale) > MOST_MODULES:
         return {}
-    table = fit.shrinkage(rows, posterior=posterior).table.set_index("module")
+    table = fit.shrinkage(rows, posterior=posterior, query=query).table.set_index("module")
     table["adapted"] = table.pop("verdict") == "adapted"
     return {str(n): _variable(str(n), v.to_numpy(), "module") for n, v in table.items()}
 

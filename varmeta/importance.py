@@ -27,6 +27,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from varmeta.inference.determined import undetermined
 from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import Gaussian, TaskPosterior
 from varmeta.seeds import generator
@@ -45,10 +46,13 @@ class Evidence:
         psis: the same with the largest weights smoothed; the better one wherever they differ.
         elbo: the bound E_q log w ≤ log p(y_i | θ0, Σ, φ).
         pareto_k: shape of the weights' tail, which has finite moments below order 1/k; −inf if the
-            weights are equal (q_i is the posterior), inf if no tail could be fitted. Weights
-            whose k is above min(1 − 1/log10 S, 0.7) are not to be trusted.
+            weights are equal (q_i is the posterior given θ0, Σ and φ), inf if no tail could be
+            fitted. Weights whose k is above min(1 − 1/log10 S, 0.7) are not to be trusted.
         ess: effective sample size of the smoothed weights, 1/Σ w̃² of the normalised ones.
         draws: S, how many draws of each task.
+        undetermined: modules whose scale these tasks hardly tell from a tenth of it (see
+            `varmeta.inference.determined.undetermined`): there an exact q_i is too narrow for a
+            scale that is not known.
     """
 
     names: tuple[str, ...]
@@ -58,6 +62,7 @@ class Evidence:
     pareto_k: Tensor
     ess: Tensor
     draws: int
+    undetermined: tuple[str, ...] = ()
 
     @property
     def table(self) -> pd.DataFrame:
@@ -69,7 +74,12 @@ class Evidence:
 
     def __str__(self) -> str:
         table = self.table.round({"pareto_k": 2, "ess": 0})
-        return table.to_string(index=False, float_format="{:.6g}".format)
+        lines = [table.to_string(index=False, float_format="{:.6g}".format)]
+        lines.append("All of it is given θ0, Σ and φ: what is not known of them is left out.")
+        if self.undetermined:
+            named = ", ".join(map(repr, self.undetermined))
+            lines.append(f"These tasks hardly tell the scale of {named} from a tenth of it.")
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +113,9 @@ def evidence(
     seed: int = 0,
 ) -> Evidence:
     """log p(y_i | θ0, Σ, φ) of each task by importance sampling from q_i, and whether q_i is good.
+
+    Good as the posterior given θ0, Σ and φ. A q_i that is exact in that sense is still too narrow
+    where the scales in Σ are not known: `undetermined` names them.
 
     With `prior=fit.prior` that of what the fit learned. `laplace_evidence` is the same number by
     one expansion at the mode, without a figure of trust.
@@ -139,8 +152,12 @@ def evidence(
     raw, total = np.logaddexp.reduce(log_w), np.logaddexp.reduce(smoothed, axis=1)
     with np.errstate(invalid="ignore"):  # no weight at all: −inf − (−inf)
         ess = 1 / (np.exp(smoothed - total[:, None]) ** 2).sum(1)
+    phi = posterior.shared if posterior.shared.dim() == 1 else posterior.shared.mean((0, 1))
+    loose = undetermined(posterior.density, prior, phi, tasks, posterior.mean) or []
+    named = tuple(scale.module for scale in loose)
     t, log_s, elbo = torch.from_numpy, math.log(draws), log_w.mean(0)
-    return Evidence(posterior.names, t(raw - log_s), t(total - log_s), t(elbo), t(k), t(ess), draws)
+    numbers = (t(raw - log_s), t(total - log_s), t(elbo), t(k), t(ess))
+    return Evidence(posterior.names, *numbers, draws, named)
 
 
 def loo(
@@ -241,7 +258,7 @@ def _densities(
 
 def _verdict(k: float, draws: int) -> str:
     if k == -math.inf:
-        return "exact: the weights are equal"
+        return "exact given Σ: the weights are equal"
     if k <= good_k(draws):
         return "good"
     if k <= _GOOD:

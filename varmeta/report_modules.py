@@ -59,9 +59,11 @@ def plot_shrinkage(found: Shrinkage | Fit) -> Figure:
         12.0,
         1.0 + 0.27 * len(table),
         f"Which modules adapt to a task, and which tasks share ({found.strategy})",
-        "Cost: by how much the tasks' own negative log-likelihood rises when this module alone is "
-        f"put back to θ0; adapted from {found.least:g} nats per task (dashed). Triangles at an "
-        "edge lie beyond it." + some * (len(table) < len(found.table)),
+        "Cost: by how much the tasks' negative log-likelihood rises when this module alone is put "
+        f"back to θ0, {found.where}, with one standard error; adapted from {found.least:g} nats "
+        "per task (dashed) and above that error. Triangles at an edge lie beyond it."
+        + some
+        * (len(table) < len(found.table)),
         [
             *(legend_line(verdict, ms=7, **look) for verdict, look in _LOOKS.items()),
             legend_line("where the scale began", ms=6, **_HOLLOW),
@@ -85,6 +87,11 @@ def plot_shrinkage(found: Shrinkage | Fit) -> Figure:
         for verdict, look in _LOOKS.items():
             y = np.flatnonzero(table["verdict"] == verdict)
             _dots(ax, f"{column}:{verdict}", table[column].to_numpy()[y], y, look)
+    low, high = axes[2].get_xlim()
+    reach = table["cost"].to_numpy() + [[-1], [1]] * table["cost_se"].fillna(0).to_numpy()
+    shown = (reach[1] > low) & (table["cost"].to_numpy() > 0)
+    ends = np.clip(reach[:, shown], low, high)
+    axes[2].hlines(np.flatnonzero(shown), *ends, color=MUTED, lw=1, zorder=1)
     axes[2].axvline(found.least, color=INK, lw=1, ls=DASHES, gid="least")
     at = axes[2].get_yaxis_transform()
     for row, verdict in enumerate(table["verdict"]):

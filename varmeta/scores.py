@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from varmeta.importance import MIN_DRAWS, evidence
+from varmeta.inference.diagnostics import undetermined_of
 from varmeta.inference.fit import Fit
 from varmeta.posterior import Gaussian, TaskPosterior
 from varmeta.seeds import generator
@@ -88,6 +89,7 @@ def score(outcome: Outcome, which: str, tasks: Tasks, draws: int, seed: int) -> 
         "gradients": fit.gradients,
         "converged": fit.converged,
         "reason": fit.reason,
+        "undetermined": ", ".join(scale.module for scale in undetermined_of(fit) or []),
     }
     if which == KNOWN and outcome.gap is not None:
         row["gap"] = float(outcome.gap.mean())
@@ -158,6 +160,7 @@ def _empty(tasks: Tasks) -> dict[str, object]:
         **dict.fromkeys(numbers, np.nan),
         "converged": None,
         "reason": "",
+        "undetermined": "",
     }
 
 

@@ -31,7 +31,8 @@ _HEADINGS = (
 )
 _CAPTION = (
     "log density in nats; ± a standard error across tasks (difference: of the pairs); "
-    "k̂: Pareto k of the worst task, above 0.7 its q is not to be trusted; "
+    "k̂: Pareto k of the worst task, above 0.7 its q is not to be trusted; exact|Σ: q is exact "
+    "for the learned prior held fixed, and what is not known of its scales is left out; "
     "gap: nats per task that a fresh adaptation loses to what was kept; "
     "converged: ✓ yes, ✗ the limit of steps came first, – it has no such limit or cannot say; "
     "shift: |mean − NUTS mean| in NUTS sds"
@@ -52,7 +53,7 @@ def rich_table(table: pd.DataFrame, which: str) -> RenderableType:
     if len(failed):
         body.append(_failed(failed, width))
     if len(scored):
-        body.append(Text("\n" * (len(failed) > 0) + _CAPTION, style="dim italic"))
+        body.append(Text("\n" * (len(failed) > 0) + _CAPTION + _loose(scored), style="dim italic"))
     return Group(*body, "")
 
 
@@ -86,7 +87,7 @@ def _scores(part: pd.DataFrame, width: int) -> Table:
             "best" if best else _number(row["elpd_diff"], ".4f", row["elpd_diff_se"]),
             _number(row["rmse"], ".3g"),
             _number(row["coverage"], ".2f"),
-            "exact" if row["pareto_k"] == -np.inf else _number(row["pareto_k"], ".2f"),
+            "exact|Σ" if row["pareto_k"] == -np.inf else _number(row["pareto_k"], ".2f"),
             _number(row["gap"], ".2f"),
             {True: "✓", False: "✗"}.get(row["converged"], "–"),
             _number(row["seconds"], ".1f"),
@@ -95,6 +96,15 @@ def _scores(part: pd.DataFrame, width: int) -> Table:
             "" if reference else _number(row["sd_ratio"], ".2f"),
         )
     return out
+
+
+def _loose(part: pd.DataFrame) -> str:
+    """A sentence on posteriors that are given a scale which the data do not determine."""
+    rows = zip(part["strategy"], part["undetermined"], strict=True)
+    named = "; ".join(f"{strategy}: {modules}" for strategy, modules in rows if modules)
+    if not named:
+        return ""
+    return f". Given a scale that the data hardly tell from 0, so that sds are too small: {named}"
 
 
 def _failed(part: pd.DataFrame, width: int) -> Table:

@@ -245,6 +245,11 @@ class Strategy(ABC):
         """Why a run that has not arrived ended, in words; empty: the limit of steps came first."""
         return ""
 
+    @property
+    def point_scales(self) -> bool:
+        """Whether posteriors are given the prior's scales as points, and not integrated over."""
+        return True
+
     def prepare(self, tasks: Tasks | TaskSource, seed: int) -> Tasks | TaskSource:
         """The tasks as this strategy wants to see them; itself, unless it says otherwise."""
         return tasks

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 from torch import Tensor
 
 from varmeta.inference.base import NotConverged
+from varmeta.inference.determined import HARDLY, Undetermined, undetermined
 from varmeta.models.prior import GaussianPrior
+from varmeta.tasks import Tasks, TaskSource
 
-_COLLAPSED = 0.01  # of the scale at the start
+if TYPE_CHECKING:
+    from varmeta.inference.fit import Fit
+
+_COLLAPSED = 0.01  # of the scale at the start, where the evidence is not asked
+_log = logging.getLogger("varmeta")
 LOOSE = 0.1  # relative residual or gradient above which a derivative is called inexact
 
 # Diagnostic, where it is bad, and what to say of so many tasks.
@@ -87,24 +95,69 @@ def warn_of(name: str, stats: Mapping[str, Tensor]) -> None:
         warnings.warn(f"{name}: {'; '.join(said)}", RuntimeWarning, stacklevel=3)
 
 
-def warn_of_collapse(name: str, start: GaussianPrior, end: GaussianPrior) -> None:
-    """Name the modules whose learned scale fell below a hundredth of where it started.
+def say_of_stream(tasks: Tasks | TaskSource, prior: GaussianPrior) -> None:
+    """On a stream the hyperprior counts nothing: a log line, and a warning where one was chosen.
 
-    A scale of exactly 0 is not learned but stated (`CompletePooling`).
+    It counts once for all tasks, and a stream has no end of them.
     """
-    ratio = (end.log_scale - start.log_scale).exp()
-    small = (ratio < _COLLAPSED) & (ratio > 0)
-    if not bool(small.any()):
+    if not isinstance(tasks, TaskSource) or prior.hyperprior is None:
         return
-    modules = zip(end.modules.names, small.tolist(), strict=True)
-    names = [module for module, collapsed in modules if collapsed]
-    shown = ", ".join(map(repr, names[:5])) + f" and {len(names) - 5} more" * (len(names) > 5)
+    law = prior.hyperprior.scale_law
+    text = (
+        "the tasks are a stream without end, of which the belief about θ0, scales and shared "
+        f"parameters (scale_law={law!r}) is no share: it counts 0, and the tasks alone decide"
+    )
+    if law in ("half-normal", "flat"):  # the default, and what says nothing of the scales
+        _log.info("%s", text)
+    else:
+        warnings.warn(
+            f"{text}. For the law to count give Tasks, or bounds=(least, largest) to keep scales "
+            "from 0",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def undetermined_of(fit: Fit) -> list[Undetermined] | None:
+    """The modules whose learned scale the training data hardly tell from 0; see `undetermined`.
+
+    None where it is not looked for: on a stream, or where posteriors are not given the scales as
+    points, and what `undetermined` leaves out.
+    """
+    prior, start = fit.prior, fit.state.meta.origin
+    learned = (prior.log_scale != start.log_scale) & prior.log_scale.isfinite()
+    if isinstance(fit.tasks, TaskSource) or not fit.strategy.point_scales:
+        return None
+    if not bool(learned.any()):
+        return []
+    found = undetermined(fit.density, prior, fit.shared, fit.tasks.unsplit)
+    names = {name for name, yes in zip(prior.modules.names, learned.tolist(), strict=True) if yes}
+    return found and [scale for scale in found if scale.module in names]
+
+
+def warn_of_collapse(fit: Fit) -> None:
+    """Name the modules whose learned scale the data hardly tell from 0.
+
+    Where that is not looked for, those whose scale fell below a hundredth of where it started. A
+    scale of exactly 0 is not learned but stated (`CompletePooling`).
+    """
+    name, found = fit.strategy.name, undetermined_of(fit)
+    if found is None:
+        _warn_of_small(name, fit.state.meta.origin, fit.prior)
+    if not found:
+        return
+    said = [f"{s.module!r} ({s.scale:.2g}: {s.down:+.1g} and {s.up:+.1g} nats)" for s in found]
+    raised = any(s.up > HARDLY for s in found)
+    pruned = (
+        ". Where ten times as much is better, the data did not make it small: a diagonal q prunes "
+        "what q='full' keeps, and query losses of few rows what LaplaceEvidence keeps"
+    )
     warnings.warn(
-        f"{name}: the scale of {shown} fell to {float(ratio[small].max()):.1g} of its start or "
-        "less, so that new tasks hardly adapt in it; fit.shrinkage() says what that costs. Tasks "
-        "may not differ there (name the site in shared=); or there are too few of them to tell, "
-        "where a point estimate of a scale goes to 0 and PyroNUTS does not; or q is diagonal and "
-        "prunes what q='full' keeps",
+        f"{name}: the data hardly tell the scale of {_some(said)} from 0; the nats are what the "
+        "log evidence of all tasks gains at a tenth of it and at ten times. Posteriors of tasks "
+        "are given this value, and their standard deviations there are too small if the truth is "
+        "larger. Integrate over the scales (PyroNUTS), give more tasks, or name the site in "
+        "shared= if tasks need not differ there" + pruned * raised,
         RuntimeWarning,
         stacklevel=3,
     )
@@ -137,6 +190,28 @@ def warn_of_skipped(name: str, skipped: Sequence[int], names: Sequence[str]) -> 
         RuntimeWarning,
         stacklevel=3,
     )
+
+
+def _warn_of_small(name: str, start: GaussianPrior, end: GaussianPrior) -> None:
+    ratio = (end.log_scale - start.log_scale).exp()
+    small = (ratio < _COLLAPSED) & (ratio > 0)
+    if not bool(small.any()):
+        return
+    modules = zip(end.modules.names, small.tolist(), strict=True)
+    names = [repr(module) for module, collapsed in modules if collapsed]
+    warnings.warn(
+        f"{name}: the scale of {_some(names)} fell to {float(ratio[small].max()):.1g} of its "
+        "start or less, so that new tasks hardly adapt in it; fit.shrinkage() says what that "
+        "costs. Tasks may not differ there (name the site in shared=); or there are too few of "
+        "them to tell, where a point estimate of a scale goes to 0 and PyroNUTS does not; or q is "
+        "diagonal and prunes what q='full' keeps",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + f" and {len(names) - 5} more" * (len(names) > 5)
 
 
 def _asks_no_reduction(stats: Mapping[str, Tensor]) -> bool:

@@ -26,6 +26,7 @@ from torch import Tensor
 from varmeta.inference.base import Batch, State, StepInfo, Strategy
 from varmeta.inference.diagnostics import (
     note,
+    say_of_stream,
     still_improving,
     warn_of,
     warn_of_collapse,
@@ -170,20 +171,26 @@ class Fit:
         tasks: Tasks | None = None,
         *,
         posterior: TaskPosterior | None = None,
+        query: Tasks | None = None,
         least: float = 0.1,
     ) -> Shrinkage:
         """Which modules adapt to a task and which are shared, and the scales that say so.
 
+        Judged on the query rows of tasks that are split, given their support rows; else on all
+        rows, less the optimism that is to be expected there (see `Shrinkage`).
+
         Args:
-            tasks: tasks to look at, with all of their rows; the training tasks if None.
-            posterior: of these tasks, if you have it already.
+            tasks: tasks to look at; the training tasks if None.
+            posterior: of these tasks given all of their rows, if you have it already.
+            query: further rows of the same tasks, which `posterior` has not seen: judge on them.
             least: nats per task from which a module counts as adapted, see `Shrinkage`.
 
         Raises:
-            ValueError: no tasks for a run on a stream, a posterior of other tasks, more than 1,000
-                modules, `least` not positive.
+            ValueError: no tasks for a run on a stream, a posterior or query of other tasks, more
+                than 1,000 modules, `least` not positive; without query rows, a model that is not
+                twice differentiable.
         """
-        return find_shrinkage(self, tasks, posterior, least)
+        return find_shrinkage(self, tasks, posterior, query, least)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the state and history; tensors and numbers only, loadable with `weights_only`."""
@@ -216,7 +223,10 @@ def fit(
     """Learn the prior from `tasks` with `strategy`.
 
     Strategies that need a query part use the tasks' own split, or cross-validate; the others use
-    all rows. The same seed gives the same result, interrupted or not. It runs where the tasks are:
+    all rows. The belief about θ0, scales and φ (`prior.hyperprior`, and the priors of shared sites)
+    counts once for all tasks: on a stream, which has no end, it counts 0, and a line of the logger
+    "varmeta" (a warning, if a law of the scales was chosen) says so.
+    The same seed gives the same result, interrupted or not. It runs where the tasks are:
     `tasks.to(device="cuda")` before the density is built moves all of it to a GPU.
 
     Args:
@@ -250,6 +260,7 @@ def fit(
         raise ValueError(f"prior has {prior.dim} coordinates, the density {density.dim}")
     whole = isinstance(training, Tasks) and batch_size in (None, len(training))
     settled = strategy.settled(density, whole=whole)
+    say_of_stream(tasks, prior)
     state = settled.init(density, prior, training, _noise(density, seed, _INIT))
     run = _Run(strategy, settled, density, tasks, training, state, seed, batch_size)
     path = Path(checkpoint) if checkpoint is not None else None
@@ -278,7 +289,7 @@ def fit(
         warn_of_skipped(strategy.name, skipped, state.cache.get("skipped", []))
     if result.converged is False:
         warn_of_limit(strategy.name, result.reason)
-    warn_of_collapse(strategy.name, prior, result.prior)
+    warn_of_collapse(result)
     return result
 
 

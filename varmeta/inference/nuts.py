@@ -78,6 +78,11 @@ class PyroNUTS(Strategy):
         worst = float(state.tensors["rhat"])
         return "" if worst <= _MIXED else f"the chains disagree: worst R-hat {worst:.3f}"
 
+    @property
+    def point_scales(self) -> bool:
+        """False: they have a posterior of their own."""
+        return False
+
     def prepare(self, tasks: Tasks | TaskSource, seed: int) -> Tasks:
         """All rows of the tasks; a stream has no end to condition on."""
         if isinstance(tasks, TaskSource):

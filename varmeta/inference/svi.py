@@ -136,6 +136,11 @@ class PyroSVI(Strategy):
         """`steps`."""
         return self.steps
 
+    @property
+    def point_scales(self) -> bool:
+        """As `point_globals`."""
+        return self.point_globals
+
     def prepare(self, tasks: Tasks | TaskSource, seed: int) -> Tasks:
         """All rows of the tasks; a stream's tasks never come back to their part of the guide."""
         if isinstance(tasks, TaskSource):

@@ -14,6 +14,10 @@ from torch import Tensor
 EnergyFunction = Callable[..., Tensor]
 
 
+class NotTwiceDifferentiable(ValueError):
+    """An operation of the model has no second derivative."""
+
+
 def second(grad: Tensor, leaf: Tensor, v: Tensor) -> Tensor:
     """∇²E v from the graph of ∇E; 0 where the energy is linear."""
     if not grad.requires_grad:
@@ -28,7 +32,7 @@ def twice_differentiable() -> Iterator[None]:
     """Say which operation of the model has no second derivative, where one is taken within.
 
     Raises:
-        ValueError: naming it.
+        NotTwiceDifferentiable: naming it.
     """
     try:
         yield
@@ -36,7 +40,7 @@ def twice_differentiable() -> Iterator[None]:
         text = str(error).splitlines()[0]
         if "derivative" not in text and "differentiate twice" not in text:
             raise
-        raise ValueError(
+        raise NotTwiceDifferentiable(
             f"the model is not twice differentiable: {text}. Implicit and unrolled meta-gradients "
             "need second derivatives: write that operation with others, or use a strategy that "
             "needs first ones alone (FOMAML, Reptile, JointVariational)"
