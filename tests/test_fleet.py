@@ -1,4 +1,4 @@
-"""The fleet: its cases can be learned from, its references are of the same rows, its runner runs."""
+"""The fleet: its cases can be learned from, references are of the same rows, the runner runs."""
 
 from __future__ import annotations
 
