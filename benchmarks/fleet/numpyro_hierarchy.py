@@ -165,7 +165,7 @@ def nuts(
         num_warmup=warmup,
         num_samples=draws,
         num_chains=chains,
-        chain_method="sequential",
+        chain_method="vectorized",
         progress_bar=False,
     )
     keys = jax.random.split(jax.random.PRNGKey(seed))

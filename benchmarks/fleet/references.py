@@ -41,7 +41,7 @@ def rows_digest(tasks: Tasks) -> str:
 
 def _summary(draws: np.ndarray) -> dict[str, Any]:
     """Of `[chains, S, K]`."""
-    flat = draws.reshape(-1, draws.shape[-1])
+    flat = np.concatenate(list(draws))
     low, middle, high = np.quantile(flat, [0.05, 0.5, 0.95], axis=0)
     values = {"mean": flat.mean(0), "sd": flat.std(0), "q05": low, "q50": middle, "q95": high}
     return {name: _short(value) for name, value in values.items()}
@@ -64,7 +64,7 @@ def _reference(case: Case) -> dict[str, Any]:
     begun = time.perf_counter()
     posterior = long_nuts(what)
     seconds = time.perf_counter() - begun
-    flat = {name: v.reshape(-1, *v.shape[2:]) for name, v in posterior.draws.items()}
+    flat = {name: np.concatenate(list(v)) for name, v in posterior.draws.items()}  # chains
     theta = flat["theta"]
     query = problem.train.query
     held_out = [jax.numpy.asarray(t.numpy()) for t in (query.inputs, query.targets)]
