@@ -8,16 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from scipy.stats import multivariate_normal
 
 from benchmarks.fleet import __main__ as command
-from benchmarks.fleet.cases import CASES
+from benchmarks.fleet.cases import CASES, LINEAR
 from benchmarks.fleet.page import numbers, worse_than_unpooled
 from benchmarks.fleet.references import load_reference
 from benchmarks.fleet.runner import (
     Prepared,
     against_references,
+    float64,
     paired,
     run_one,
     run_several,
@@ -99,9 +99,7 @@ def test_nuts_and_maximum_likelihood_agree_on_the_mean(name: str) -> None:
     assert far.max() < 1.0
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in CASES if len(load_reference(n)["maximum_likelihood"]) > 1]
-)
+@pytest.mark.parametrize("name", LINEAR)
 def test_two_ways_to_the_maximum_of_the_likelihood(name: str) -> None:
     """Quadrature and statsmodels; and the closed form is as high there."""
     ours, theirs = load_reference(name)["maximum_likelihood"]
@@ -123,9 +121,9 @@ def test_two_ways_to_the_maximum_of_the_likelihood(name: str) -> None:
 def test_both_languages_read_the_same_model(name: str) -> None:
     """NumPyro's log-likelihood at its posterior means is that of the density."""
     problem, nuts = CASES[name].problem(), load_reference(name)["nuts"]
-    theta = torch.tensor(nuts["theta_mean"]).double()
+    theta = float64(nuts["theta_mean"])
     density, support = problem.density, problem.train.support
-    shared = torch.tensor(nuts["shared"]["mean"] if nuts["shared"] else []).double()
+    shared = float64(nuts["shared"]["mean"] if nuts["shared"] else [])
     found = -density.negative_log_likelihood(theta, support, shared)
     assert found.tolist() == pytest.approx(nuts["log_likelihood_at_means"], rel=1e-9, abs=1e-9)
 
@@ -133,10 +131,8 @@ def test_both_languages_read_the_same_model(name: str) -> None:
 def test_distances_are_zero_at_the_references() -> None:
     reference = load_reference("rail")
     nuts, best = reference["nuts"], reference["maximum_likelihood"][0]
-    prior = GaussianPrior.create(
-        torch.tensor(nuts["loc"]["mean"]).double(), torch.tensor(best["scale"]).double()
-    )
-    found = against_references(prior, torch.tensor(best["shared"]).double(), reference)
+    prior = GaussianPrior.create(float64(nuts["loc"]["mean"]), float64(best["scale"]))
+    found = against_references(prior, float64(best["shared"]), reference)
     assert found["loc_nuts"] == found["shared_ml"] == 0.0
     assert found["scale_ml"] == pytest.approx(0.0, abs=1e-9)
     assert found["loc_ml"] == pytest.approx(

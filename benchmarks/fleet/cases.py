@@ -95,3 +95,7 @@ _ALL = (
     Case("earthquake", "Gamma", "quake", ("distance",), "accel", ("shape",)),
 )  # fmt: skip
 CASES: dict[str, Case] = {case.name: case for case in _ALL}
+
+# Normal with an intercept, inputs of which the first D - 1 adapt, and a shared noise: what
+# statsmodels has too. (The three levels of `machines` have one scale, which it does not.)
+LINEAR = tuple(c.name for c in _ALL if c.kind == "normal" and c.name != "machines")

@@ -26,11 +26,25 @@ NUMPYRO = Language(numpyro.sample, numpyro.plate, dist, jnp)
 
 
 @dataclass(frozen=True)
-class Target:
-    """What is to be known of a case: its rows, its coordinates, its beliefs.
+class Point:
+    """Values of what is learned across tasks, on the unconstrained scale."""
 
-    `rows(theta, shared, x, y)` is log p(y_n | θ, φ) of one task, nats `[N]`.
-    """
+    loc: Any
+    log_scale: Any
+    shared: Any
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """A likelihood of every θ_i taken for exp(linear · θ − ½ θᵀ precision θ), up to a factor."""
+
+    linear: Any
+    precision: Any
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is to be known of a case: its support rows, its coordinates, its beliefs."""
 
     case: Case
     x: Any
@@ -45,17 +59,9 @@ class Target:
     adapted: tuple[tuple[str, tuple[int, ...], Any], ...]
     shared: tuple[tuple[str, tuple[int, ...], Any], ...]
 
-    def values(self, flat: Any, sites: Any) -> dict[str, Any]:
-        out, start = {}, 0
-        for name, shape, law in sites:
-            size = int(np.prod(shape))
-            part = flat[start : start + size].reshape(shape)
-            out[name] = biject_to(law.support)(part)
-            start += size
-        return out
-
     def rows(self, theta: Any, shared: Any, x: Any, y: Any) -> Any:
-        values = self.values(theta, self.adapted) | self.values(shared, self.shared)
+        """log p(y_n | θ, φ) of one task, nats, `[N]`."""
+        values = _values(theta, self.adapted) | _values(shared, self.shared)
         with handlers.block():
             model = handlers.substitute(self.case.model, data=values)
             trace = handlers.trace(model).get_trace(x, y, ppl=NUMPYRO)
@@ -67,8 +73,24 @@ class Target:
         each = jax.vmap(self.rows, (0, None, 0, 0))(theta, shared, x, y)
         return jnp.where(mask, each, 0.0).sum(-1)
 
-    def model(self, centred: bool) -> None:
-        """The hierarchy."""
+    def log_belief(self, at: Point) -> Any:
+        """The hyperprior as a density of the unconstrained values, nats."""
+        total = dist.Normal(self.loc, self.width).log_prob(at.loc).sum()
+        scales = dist.HalfNormal(self.scale_width).log_prob(jnp.exp(at.log_scale))
+        total += (scales + at.log_scale).sum()
+        values = _values(at.shared, self.shared)
+        for (name, _, law), flat in zip(self.shared, at.shared, strict=True):
+            onto = biject_to(law.support)
+            total += law.log_prob(values[name]) + onto.log_abs_det_jacobian(flat, values[name])
+        return total
+
+    def model(self, expansion: Expansion) -> None:
+        """The hierarchy, with θ_i written as what it would be if the expansion held.
+
+        Given θ0, Σ and φ that is N(mean_i, (precision_i + Λ)⁻¹), and θ_i = mean_i + L⁻ᵀ w_i. The
+        factor takes the density of w_i away and puts the hierarchy's in its place, so that the law
+        of θ_i is exact whatever the expansion; a good one leaves w_i near N(0, I).
+        """
         loc = numpyro.sample("loc", dist.Normal(self.loc, self.width).to_event(1))
         scale = numpyro.sample("scale", dist.HalfNormal(self.scale_width).to_event(1))
         parts = [jnp.zeros(0)]
@@ -77,14 +99,27 @@ class Target:
             parts.append(jnp.ravel(biject_to(law.support).inv(value)))
         shared = numpyro.deterministic("shared", jnp.concatenate(parts))
         sd = scale[self.groups]
+        precision = expansion.precision + jnp.diag(sd**-2)
+        root = jnp.linalg.cholesky(precision)
+        mean = jnp.linalg.solve(precision, (expansion.linear + loc / sd**2)[..., None])[..., 0]
         with numpyro.plate("tasks", len(self.x)):
-            if centred:
-                theta = numpyro.sample("theta", dist.Normal(loc, sd).to_event(1))
-            else:
-                z = numpyro.sample("z", dist.Normal(jnp.zeros_like(loc), 1.0).to_event(1))
-                theta = numpyro.deterministic("theta", loc + sd * z)
-        data = self.x, self.y, self.mask
-        numpyro.factor("data", self.log_likelihood(theta, shared, *data).sum())
+            w = numpyro.sample("w", dist.Normal(jnp.zeros_like(loc), 1.0).to_event(1))
+        away = jax.scipy.linalg.solve_triangular(jnp.swapaxes(root, -1, -2), w[..., None])[..., 0]
+        theta = numpyro.deterministic("theta", mean + away)
+        drawn = dist.Normal(0.0, 1.0).log_prob(w).sum(-1)
+        drawn += jnp.log(jnp.diagonal(root, axis1=-2, axis2=-1)).sum(-1)
+        wanted = dist.Normal(loc, sd).log_prob(theta).sum(-1)
+        wanted += self.log_likelihood(theta, shared, self.x, self.y, self.mask)
+        numpyro.factor("exact", (wanted - drawn).sum())
+
+
+def _values(flat: Any, sites: Any) -> dict[str, Any]:
+    out, start = {}, 0
+    for name, shape, law in sites:
+        size = int(np.prod(shape))
+        out[name] = biject_to(law.support)(flat[start : start + size].reshape(shape))
+        start += size
+    return out
 
 
 def target(case: Case) -> Target:
@@ -125,39 +160,27 @@ class Posterior:
     rhat: float
     ess: float
     divergent: int
-    centred: bool
 
     @property
     def good(self) -> bool:
         return self.rhat < 1.01 and self.ess > 400
 
 
-def _start(target: Target, key: Any, chains: int, centred: bool) -> dict[str, Any]:
-    """Near the prior's middle, every chain elsewhere; unconstrained."""
-    tasks, dim = len(target.x), len(target.loc)
-    keys = jax.random.split(key, 4)
-    loc = target.loc + 0.2 * target.width * jax.random.normal(keys[0], (chains, dim))
-    log_scale = jnp.log(0.3 * target.scale_width)
-    log_scale = log_scale + 0.3 * jax.random.normal(keys[1], (chains, len(log_scale)))
-    z = 0.3 * jax.random.normal(keys[2], (chains, tasks, dim))
-    out = {"loc": loc, "scale": log_scale}
-    if centred:
-        out["theta"] = loc[:, None] + jnp.exp(log_scale)[:, None, target.groups] * z
-    else:
-        out["z"] = z
-    away = 0.2 * jax.random.normal(keys[3], (chains, len(target.shared_init)))
-    flat, start = target.shared_init + target.shared_scale * away, 0
-    for name, shape, _ in target.shared:
-        size = int(np.prod(shape))
-        out[f"shared_{name}"] = flat[:, start : start + size].reshape(chains, *shape)
-        start += size
-    return out
-
-
 def nuts(
-    target: Target, *, warmup: int, draws: int, chains: int = 4, centred: bool, seed: int = 0
+    target: Target,
+    expansion: Expansion,
+    middle: Point,
+    spread: Point,
+    *,
+    warmup: int = 1000,
+    draws: int = 1000,
+    chains: int = 4,
+    seed: int = 0,
 ) -> Posterior:
-    """NumPyro's NUTS; the globals share a dense mass matrix."""
+    """NumPyro's NUTS from chains that start at N(middle, spread²).
+
+    The globals share a dense mass matrix.
+    """
     several = tuple(["loc", "scale"] + [f"shared_{name}" for name, _, _ in target.shared])
     kernel = NUTS(target.model, target_accept_prob=0.95, dense_mass=[several])
     mcmc = MCMC(
@@ -168,9 +191,19 @@ def nuts(
         chain_method="vectorized",
         progress_bar=False,
     )
-    keys = jax.random.split(jax.random.PRNGKey(seed))
-    start = _start(target, keys[0], chains, centred)
-    mcmc.run(keys[1], centred=centred, init_params=start, extra_fields=("diverging",))
+    keys = jax.random.split(jax.random.PRNGKey(seed), 5)
+
+    def around(key: Any, centre: Any, sd: Any) -> Any:
+        return centre + sd * jax.random.normal(key, (chains, *jnp.shape(centre)))
+
+    shared = around(keys[2], middle.shared, spread.shared)
+    start = {
+        "loc": around(keys[0], middle.loc, spread.loc),
+        "scale": around(keys[1], middle.log_scale, spread.log_scale),
+        "w": around(keys[3], jnp.zeros((len(target.x), len(target.loc))), 0.5),
+    }
+    start |= {f"shared_{name}": shared[:, k] for k, (name, _, _) in enumerate(target.shared)}
+    mcmc.run(keys[4], expansion, init_params=start, extra_fields=("diverging",))
     found = mcmc.get_samples(group_by_chain=True)
     out = {
         "loc": np.asarray(found["loc"]),
@@ -184,16 +217,4 @@ def nuts(
             rhats.append(float(np.max(numpyro.diagnostics.split_gelman_rubin(values))))
             sizes.append(float(np.min(numpyro.diagnostics.effective_sample_size(values))))
     divergent = int(np.asarray(mcmc.get_extra_fields()["diverging"]).sum())
-    return Posterior(out, max(rhats), min(sizes), divergent, centred)
-
-
-def long_nuts(target: Target) -> Posterior:
-    """Non-centred, then centred, then the better of them with four times the draws, until good."""
-    tried = []
-    for centred in (False, True):
-        tried.append(nuts(target, warmup=1000, draws=1000, centred=centred))
-        if tried[-1].good:
-            return tried[-1]
-    best = max(tried, key=lambda found: found.ess)
-    longer = nuts(target, warmup=2000, draws=4000, centred=best.centred, seed=1)
-    return max([longer, best], key=lambda found: found.ess)
+    return Posterior(out, max(rhats), min(sizes), divergent)

@@ -95,6 +95,12 @@ def write_page(records: Records, path: Path) -> None:
             _list(
                 f"`{r['case']}`, {r['strategy']}: {r['reason']}" for r in rows if not r["finished"]
             ),
+            "## What did not converge",
+            _list(
+                f"`{r['case']}`, {r['strategy']}: {r['reason']}"
+                for r in ran
+                if r["finished"] and r["converged"] is False
+            ),
             "## Worse on held-out rows than no pooling",
             "By more than two paired standard errors, in nats a row.",
             _list(_gains(r) for r in ran if r["finished"] and worse_than_unpooled(r)),
@@ -232,7 +238,7 @@ def _cell(value: Any, form: str) -> str:
     if value is None:
         return "–"
     if isinstance(value, str):  # an infinity; k̂ is minus infinity where q is exact
-        return "exact" if value == "-inf" else value
+        return "exact" if value == "-inf" else "∞"
     return f"{value:{form}}"
 
 

@@ -111,13 +111,13 @@ def _finished(prepared: Prepared, name: str, found: Comparison, said: Sequence[s
     outcome, problem = found.outcomes[name], prepared.problem
     fit = outcome.fit
     nuts = prepared.reference["nuts"]
-    mean, sd = (torch.tensor(nuts[f"theta_{what}"]).double() for what in ("mean", "sd"))
+    mean, sd = (float64(nuts[f"theta_{what}"]) for what in ("mean", "sd"))
     record: Record = {
         "case": prepared.case.name,
         "strategy": name,
         "finished": True,
-        "reason": str(getattr(fit, "reason", "")),
-        "converged": getattr(fit, "converged", None),
+        "reason": fit.reason,
+        "converged": fit.converged,
         "seconds": fit.seconds,
         "gradients": fit.gradients,
         "steps": len(fit.history),
@@ -168,13 +168,18 @@ def against_references(
     for key, values in mine.items():
         if values.numel() == 0:
             continue
-        unit = torch.tensor(nuts[key]["sd"]).double()
+        unit = float64(nuts[key]["sd"])
         for label, truth in (("nuts", nuts[key]["mean"]), ("ml", ml[key])):
-            far = (values.double() - torch.tensor(truth).double()).abs() / unit
-            far = far[torch.tensor(truth).double().isfinite()]
+            far = (values.double() - float64(truth)).abs() / unit
+            far = far[float64(truth).isfinite()]
             name = f"{key.removeprefix('log_')}_{label}"
             out[name] = float(far.max()) if len(far) else math.nan
     return out
+
+
+def float64(values: Any) -> Tensor:
+    """A tensor of numbers as JSON has them, none of their digits lost."""
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def _log(scale: float) -> float:
@@ -184,8 +189,8 @@ def _log(scale: float) -> float:
 def paired(record: Record, base: Record, which: str) -> tuple[float, float]:
     """Difference of log density per held-out row, nats, and its standard error over tasks."""
     mine, other = record[which], base[which]
-    count = torch.tensor(mine["rows"]).double()
-    gain = torch.tensor(mine["log_density"]).double() - torch.tensor(other["log_density"]).double()
+    count = float64(mine["rows"])
+    gain = float64(mine["log_density"]) - float64(other["log_density"])
     if not count.sum():
         return math.nan, math.nan
     mean = gain.sum() / count.sum()
