@@ -89,6 +89,7 @@ def write_page(records: Records, path: Path) -> None:
         [
             "# The fleet",
             _preamble(records),
+            _verdict(rows),
             "## Every strategy over all cases",
             _by_strategy(ran),
             "## What did not finish",
@@ -132,6 +133,28 @@ def _preamble(records: Records) -> str:
         "models and the references are in `benchmarks/fleet/`; how to read this is in "
         "`benchmarks/fleet/README.md`. A dash: does not apply, or is not known."
     )
+
+
+def _verdict(rows: Sequence[dict[str, Any]]) -> str:
+    """What was wanted, and how often it is so."""
+    ran = [row for row in rows if row["strategy"] != "compare"]
+    whole = [row for row in rows if row["strategy"] == "compare"]
+    done = [row for row in ran if row["finished"]]
+    claims = [row for row in done if row["strategy"] in WHOLE]
+    told = [row for row in done if row["converged"] is not None]
+    pooled = [r for r in done if r["strategy"] != UNPOOLED and r.get("known_gain") is not None]
+    counts = (
+        ("runs of one strategy on one case finished", [r["finished"] for r in ran]),
+        ("`compare` of the default strategies finished", [r["finished"] for r in whole]),
+        ("of the strategies with a test of it, converged", [r["converged"] for r in told]),
+        (
+            "claim the whole posterior: as NUTS, or k̂ says no",
+            [agrees(r) or k_says_no(r) for r in claims],
+        ),
+        ("pool, and are not worse than no pooling", [not worse_than_unpooled(r) for r in pooled]),
+    )
+    lines = [(what, f"{sum(held)} of {len(held)}") for what, held in counts if held]
+    return _table(("wanted", "is so"), lines)
 
 
 def _by_strategy(rows: Sequence[dict[str, Any]]) -> str:

@@ -111,6 +111,14 @@ def _reference(case: Case) -> dict[str, Any]:
     }
 
 
+def _lines(found: Any, depth: int = 2) -> str:
+    """JSON with a line for each key of the outer two levels, however long its numbers are."""
+    if not isinstance(found, dict) or depth == 0:
+        return json.dumps(found)
+    inner = [f"{json.dumps(key)}: {_lines(value, depth - 1)}" for key, value in found.items()]
+    return "{\n" + ",\n".join(inner) + "\n}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", default="", help="by commas; default: those without a file")
@@ -119,7 +127,7 @@ def main() -> None:
     for name in chosen or [n for n in CASES if not (FOLDER / f"{n}.json").exists()]:
         begun = time.perf_counter()
         found = _reference(CASES[name])
-        (FOLDER / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+        (FOLDER / f"{name}.json").write_text(_lines(found) + "\n")
         nuts = found["nuts"]
         print(
             f"{name}: {nuts['how']}; R-hat {nuts['worst_rhat']}, ESS {nuts['least_ess']}, "
