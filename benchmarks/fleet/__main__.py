@@ -16,13 +16,13 @@ import torch
 from benchmarks.fleet.cases import CASES
 from benchmarks.fleet.page import numbers, write_page
 from benchmarks.fleet.runner import Prepared, Record, run_one, run_several
-from varmeta import cli
+from varmeta.settings import DEFAULT, STRATEGIES
 
 RESULTS = Path(__file__).parent.parent / "results"
 
 
 def main() -> None:
-    every, default = list(cli.STRATEGIES), cli._DEFAULT.split(",")
+    every, default = list(STRATEGIES), DEFAULT.split(",")
     args = _arguments(every)
     torch.set_num_threads(1)
     wanted = _chosen(args.strategies, every, "--strategies")
@@ -31,7 +31,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         open_ = [name for name in wanted if not _is_done(folder / f"{name}.json", args.again)]
         if set(default) <= set(wanted) and not _is_done(folder / "compare.json", args.again):
-            makers = {name: cli.STRATEGIES[name] for name in default}
+            makers = {name: STRATEGIES[name] for name in default}
             limit = args.limit * len(default)
             records = run_several(prepared, makers, limit, folder / "compare")
             whole = all(record["finished"] for record in records.values())
@@ -45,7 +45,7 @@ def main() -> None:
                     _note(folder, record)
             open_ = [name for name in open_ if not records.get(name, {"finished": 0})["finished"]]
         for name in open_:
-            _note(folder, run_one(prepared, name, cli.STRATEGIES[name], args.limit))
+            _note(folder, run_one(prepared, name, STRATEGIES[name], args.limit))
     records = read_records(args.out)
     write_page(records, args.page)
     args.page.with_suffix(".json").write_text(json.dumps(numbers(records), indent=1) + "\n")
@@ -86,7 +86,7 @@ def _note(folder: Path, record: Record) -> None:
 
 def read_records(folder: Path) -> dict[str, dict[str, Record]]:
     """By case, then by strategy, in the order of both."""
-    order = ["compare", *cli.STRATEGIES]
+    order = ["compare", *STRATEGIES]
     out: dict[str, dict[str, Record]] = {}
     for case in CASES:
         paths = [folder / case / f"{name}.json" for name in order]

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.fleet.cases import CASES
 from benchmarks.fleet.runner import Prepared, Record, nuts_record, paired
-from varmeta.comparison import KNOWN, NEW
+from varmeta.scores import KNOWN, NEW
 
 Records = dict[str, dict[str, Record]]
 SHIFT, RATIOS, WORST_K = 0.1, (0.9, 1.1), 0.7
@@ -31,7 +31,7 @@ def numbers(records: Records) -> list[dict[str, Any]]:
         truth = nuts_record(Prepared(CASES[case]))
         for record in of.values():
             row: dict[str, Any] = {"case": case, "kind": CASES[case].kind}
-            for key in ("strategy", "finished", "reason", "place", "converged", "seconds"):
+            for key in ("strategy", "finished", "reason", "converged", "seconds"):
                 row[key] = record.get(key)
             row |= {k: record.get(k) for k in ("gradients", "steps", "shift", "sd_ratio")}
             row |= {k: record.get("globals", {}).get(k) for k in GLOBALS}
@@ -63,6 +63,8 @@ def worse_than_unpooled(row: dict[str, Any]) -> bool:
     """On known or new tasks, by more than two paired standard errors."""
     for which in ("known", "new"):
         gain, error = row.get(f"{which}_gain"), row.get(f"{which}_gain_se")
+        if gain == "-inf":  # a held-out row of density 0
+            return True
         if gain is not None and error is not None and gain < -2 * error:
             return True
     return False
@@ -231,7 +233,7 @@ def _of_case(case: str, rows: Sequence[dict[str, Any]]) -> Iterable[str]:
                 *far,
                 _cell(row["shift"], ".2f"),
                 _cell(row["sd_ratio"], ".2f"),
-                _cell(row.get("known_pareto_k"), ".2f"),
+                _cell(row.get("known_pareto_k"), ".2f", exact=True),
                 _cell(row.get("known_elpd"), ".3f"),
                 _pair(row, "known_gain"),
                 _pair(row, "known_to_nuts"),
@@ -254,14 +256,14 @@ def _pair(row: dict[str, Any], key: str) -> str:
     value, error = row.get(key), row.get(f"{key}_se")
     if value is None:
         return "–"
-    return f"{value:.3f}" + ("" if error is None else f" ± {error:.3f}")
+    return _cell(value, ".3f") + ("" if error is None else f" ± {error:.3f}")
 
 
-def _cell(value: Any, form: str) -> str:
+def _cell(value: Any, form: str, exact: bool = False) -> str:
     if value is None:
         return "–"
     if isinstance(value, str):  # an infinity; k̂ is minus infinity where q is exact
-        return "exact" if value == "-inf" else "∞"
+        return "exact" if exact and value == "-inf" else value.replace("inf", "∞")
     return f"{value:{form}}"
 
 

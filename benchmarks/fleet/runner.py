@@ -6,7 +6,6 @@ import math
 import shutil
 import signal
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,9 +18,10 @@ from torch import Tensor
 from benchmarks.fleet.cases import Case
 from benchmarks.fleet.references import load_reference, rows_digest
 from varmeta import Comparison, GaussianPrior, Strategy, compare
-from varmeta.comparison import KNOWN, NEW
+from varmeta.failures import phrase
 from varmeta.posterior import TaskPosterior
 from varmeta.problems import Problem
+from varmeta.scores import KNOWN, NEW
 from varmeta.seeds import generator
 from varmeta.tasks import Tasks
 
@@ -75,36 +75,27 @@ def run_several(
                 folder=folder,
                 progress=False,
             )
-    except Exception as error:
-        seconds = time.perf_counter() - begun
-        return {name: _failed(case, name, error, seconds) for name in strategies}
+    except Exception as error:  # nothing of a comparison should stop it; if it does, all failed
+        reason, seconds = phrase(error), time.perf_counter() - begun
+        return {name: _failed(case, name, f"compare: {reason}", seconds) for name in strategies}
+    heard = sorted({_short(w.message) for w in said})
+    seconds = time.perf_counter() - begun
     return {
-        name: _finished(prepared, name, found, sorted({_short(w.message) for w in said}))
-        if name in found.outcomes
-        else _absent(case, name, found)
+        name: _finished(prepared, name, found, heard)
+        if name in found.outcomes and name not in found.failures
+        else _failed(case, name, found.failures[name], seconds)
         for name in strategies
     }
 
 
-def _failed(case: Case, name: str, error: Exception, seconds: float) -> Record:
-    last = traceback.format_exception_only(error)[-1].strip()
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    place = f"{Path(where.filename).name}:{where.lineno}"
+def _failed(case: Case, name: str, reason: str, seconds: float) -> Record:
     return {
         "case": case.name,
         "strategy": name,
         "finished": False,
-        "reason": " ".join(last.split())[:300],
-        "place": place,
+        "reason": " ".join(reason.split()),
         "seconds": seconds,
     }
-
-
-def _absent(case: Case, name: str, found: Comparison) -> Record:
-    """A strategy that `compare` itself reports as failed."""
-    rows = found.table[found.table["strategy"] == name]
-    reason = str(rows["failed"].iloc[0]) if "failed" in rows and len(rows) else "no outcome"
-    return {"case": case.name, "strategy": name, "finished": False, "reason": reason}
 
 
 def _finished(prepared: Prepared, name: str, found: Comparison, said: Sequence[str]) -> Record:
@@ -214,7 +205,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
         raise TimeoutError(f"stopped after {seconds:.0f} seconds")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)  # again for the next strategy
     try:
         yield
     finally:
