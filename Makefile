@@ -2,6 +2,7 @@ PYTHON ?= python3
 PYTHON_ARVIZ1 ?= python3.13
 WORKERS ?= 2
 PYTEST_ARGS ?=
+FLEET_ARGS ?=
 
 BIN := .venv/bin
 TORCH := "$$(grep '^torch==' constraints.txt)"
@@ -9,10 +10,10 @@ TORCH := "$$(grep '^torch==' constraints.txt)"
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test bench gpu check format test-arviz1 clean
+.PHONY: help venv demo test bench fleet fleet-references gpu check format test-arviz1 clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
 
 venv: .venv/.installed ## .venv, with the versions of constraints.txt
 
@@ -32,6 +33,14 @@ test: venv ## the tests and every example in the documentation
 bench: .venv/.bench ## seconds per meta-step against JAX, TorchOpt and others; Figure 2 of the paper
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.figure2
+
+fleet: venv ## every strategy on 27 real data sets, beside NUTS and maximum likelihood (hours)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fleet $(FLEET_ARGS)
+
+fleet-references: venv ## what `make fleet` compares with, where it is missing: NumPyro, statsmodels
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,fleet-references]'
+	XLA_FLAGS="--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1" \
+		$(BIN)/python -m benchmarks.fleet.references
 
 gpu: .venv/.bench ## the tests and timings that need a CUDA device; says so where there is none
 	$(BIN)/python -m pytest -rs tests/test_gpu.py $(PYTEST_ARGS)
