@@ -293,7 +293,6 @@ def exported() -> tuple[object, Gaussian, GaussianPrior, Tasks]:
     return to_arviz(run, posterior=q, draws=400), q, run.prior, case.tasks
 
 
-@pytest.mark.filterwarnings("ignore:JointVariational. the data hardly tell")  # few tasks
 @pytest.mark.filterwarnings("ignore:JointVariational.*the data hardly tell")  # few tasks
 def test_export_has_both_densities_of_each_draw() -> None:
     """From the exported draws alone, by SciPy."""

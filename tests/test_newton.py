@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import FLOAT, case_of
 from linear_gaussian import LinearGaussian
+from torch import Tensor
 
 from varmeta import LaplaceEvidence, NewtonCG, fit
 from varmeta.inference.energy import TaskEnergy
@@ -64,3 +65,15 @@ def test_a_fit_at_tiny_scales_gives_no_false_alarm() -> None:
         done.adapt(case.tasks.support)
     assert not [w for w in seen if "inner minimiser" in str(w.message)]
     assert bool(done.stats["converged"].all())
+
+
+@pytest.mark.parametrize("start", [-20.0, 5.0, 50.0])
+def test_a_far_start_behind_a_log_link_excuses_nothing(start: float) -> None:
+    """e^50 is a gradient of 1e21, relative to which any other would do: θ* must still be θ*."""
+
+    def energy(theta: Tensor) -> Tensor:
+        return (theta.exp() - 100 * theta + 0.125 * (theta - 1) ** 2).sum(-1)
+
+    found = NewtonCG().minimise(energy, torch.full((1, 1), start, dtype=torch.float64))
+    slope = float(found.theta.exp() - 100 + 0.25 * (found.theta - 1))
+    assert bool(found.converged.all()) and abs(slope) < 1e-4

@@ -23,7 +23,7 @@ from rich.progress import (
 )
 from torch import Tensor
 
-from varmeta.inference.base import Batch, State, StepInfo, Strategy
+from varmeta.inference.base import Batch, NonFiniteLoss, State, StepInfo, Strategy
 from varmeta.inference.diagnostics import (
     note,
     say_of_stream,
@@ -276,10 +276,10 @@ def fit(
             f"stopped after step {state.step} of {strategy.num_steps}; everything done is in "
             f"{path}. Call fit again with the same arguments to resume"
         ) from None
-    except FloatingPointError:
+    except NonFiniteLoss as error:
         if path is not None:
             run.result().save(path)
-        raise
+        raise NonFiniteLoss(f"{strategy.name}: {error}") from error
     result = run.result()
     if path is not None:
         result.save(path)

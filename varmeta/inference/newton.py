@@ -20,6 +20,7 @@ _HALVINGS = 30
 _ARMIJO = 1e-4
 _ULPS = 4  # of θ: a component of the gradient that so little makes is rounding
 _SLOW = 0.1  # of the last gradient's norm: from there on it is asked whether rounding is left
+_STEEPEST = 1e6  # gradient at the start to which a tolerance is relative at most
 _FORCING = 0.01  # loosest residual of a Newton system: a product is cheap beside a new gradient
 
 
@@ -36,15 +37,16 @@ class NewtonCG:
     a prior scale of 1e-5 and θ of 1 that is 1e-5: far above the tolerance, and exact to 1e-15.
 
     Attributes:
-        max_iterations: cap on Newton steps.
+        max_iterations: cap on Newton steps; behind a log link a far start takes one for each unit.
         tolerance: a task stops where ‖∇E‖ ≤ tolerance · (1 + ‖∇E(start)‖), ∇E without what is
-            rounding; None for ε^(2/3) of the data type.
+            rounding; None for ε^(2/3) of the data type. The norm at the start counts up to 1e6: at
+            a start behind an exponential it can be any number, and would excuse any other.
         solver: for the Newton systems.
         curvature: `"hessian"`, or `"gauss_newton"` (see `Implicit`), with which every step goes
             down, but convergence is linear where the model bends.
     """
 
-    max_iterations: int = 50
+    max_iterations: int = 100
     tolerance: float | None = None
     solver: LinearSolver | NeedsPrior = field(default_factory=lambda: CG(max_iterations=50))
     curvature: Curvature = "hessian"
@@ -65,7 +67,7 @@ class NewtonCG:
         at = energy.linearise(theta)
         value, grad = at.value, at.grad.detach()
         start_norm = grad.norm(dim=-1)
-        goal = goal_norm(start_norm, self.tolerance, grad.dtype)
+        goal = goal_norm(start_norm.clamp(max=_STEEPEST), self.tolerance, grad.dtype)
         flat, solver = default_tolerance(theta.dtype), bound(self.solver, energy)
         iterations = torch.zeros(len(theta), dtype=torch.long, device=theta.device)
         stalled = torch.zeros_like(goal, dtype=torch.bool)
