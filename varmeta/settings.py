@@ -49,7 +49,7 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "no-pooling": NoPooling,
     "complete-pooling": CompletePooling,
 }
-DEFAULT = "imaml,joint,stochastic,nuts,no-pooling,complete-pooling"
+DEFAULT = "laplace-evidence,joint,imaml,no-pooling,complete-pooling"
 _BASE = "strategy"  # the key of a TOML table that names the strategy under a name of its own
 
 
