@@ -93,6 +93,7 @@ def logistic() -> Simulated:
 
 def adapted(strategy: Strategy, problem: Simulated) -> TaskPosterior:
     """What a strategy makes of each task when θ0 and Σ are the true ones."""
+    strategy = strategy.settled(problem.density, whole=True)
     start = strategy.init(problem.density, problem.prior, problem.tasks, generator(0))
     return strategy.adapt(problem.density, start, problem.tasks, generator(0))
 
