@@ -55,17 +55,19 @@ def interrupting(times: int) -> tuple[Callable[..., Tensor], dict[str, int]]:
 @pytest.mark.usefixtures("terminal")
 @pytest.mark.parametrize(
     ("strategy", "calls", "said"),
-    [(JOINT, 5, "after step 5"), (SOLVED, 5, "after step 1"), (SOLVED, 120, r"after step \d")],
+    [(JOINT, 5, "after step 5"), (SOLVED, 5, "after step 1"), (SOLVED, None, "after step [2-9]")],
     ids=["by Adam", "solved", "solved, later"],
 )
 def test_ctrl_c_within_a_step_waits_for_its_end(
-    strategy: JointVariational, calls: int, said: str, tmp_path: Path
+    strategy: JointVariational, calls: int | None, said: str, tmp_path: Path
 ) -> None:
     """A half-taken step could not be resumed exactly."""
     model, clock = interrupting(times=1)
     density, path = Density(model, CASE.tasks), tmp_path / "run.pt"
+    before = clock["left"]
     whole = fit(strategy, density, CASE.tasks)
-    clock["left"] = calls
+    count = before - clock["left"]
+    clock["left"] = calls or 2 * count // 3
     with pytest.raises(KeyboardInterrupt, match=f"{said} of 10; everything done is in"):
         fit(strategy, density, CASE.tasks, checkpoint=path)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
