@@ -116,8 +116,8 @@ def cubature_rule(dim: int) -> Rule:
 @pytest.mark.parametrize("name", ["diagonal", "low rank", "narrow", "wide"])
 @pytest.mark.parametrize("dim", [1, 2, 3, 7])
 def test_linear_gaussian_tasks_are_solved_exactly(dim: int, name: str) -> None:
-    """In one iteration from Laplace's start; from the prior in no more than it takes to narrow
-    tenfold at a time, and by any rule of degree 3."""
+    """In two iterations at most from Laplace's start, whatever the rule of degree 3; from the prior
+    in as many as it takes to narrow a hundredfold at a time."""
     problem = LinearGaussian.random(4, num_tasks=5, dim=dim)
     case, prior = case_of(problem), priors(dim)[name]
     tasks = case.tasks.support
@@ -136,7 +136,7 @@ def test_linear_gaussian_tasks_are_solved_exactly(dim: int, name: str) -> None:
         ours = (solved.tril @ solved.tril.mT).numpy()
         assert np.abs((ours - covs) / (sds[:, :, None] * sds[:, None, :])).max() < 1e-5, start
         assert not solved.tril.triu(1).any(), start
-        assert int(solved.iterations.max()) <= 2, start
+        assert int(solved.iterations.max()) <= (4 if start == "prior" else 2), start
 
 
 # -- other likelihoods: the minimum of F -----------------------------------------------------------
