@@ -338,8 +338,7 @@ class JointVariational(Strategy):
     def _evaluate_moments(
         self, density: Density, state: State, batch: Batch
     ) -> tuple[Evaluated, dict[str, Tensor]]:
-        """The batch's best q_i, kept; and the moments of those visited so far, or of these alone
-        where no sums are kept."""
+        """The batch's best q_i, kept; and moments: of all visited so far, if these are summed."""
         meta, table = state.meta, state.tensors
         index = batch.index.to(table["rows"].device)
         before, seen = table["rows"][index], (table["visits"][index] > 0).double()
