@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import assert_same, case_of, linear_model
@@ -17,7 +19,8 @@ from varmeta.inference.joint import JointVariational
 from varmeta.models.density import Density
 
 CASE = case_of(LinearGaussian.random(0))
-JOINT = JointVariational(steps=10, adapt_steps=5)
+JOINT = JointVariational(q="diagonal", steps=10, adapt_steps=5)  # one call of the model a step
+SOLVED = JointVariational(steps=10, tolerance=1e-7)
 
 
 def stop(step: int, info: StepInfo) -> None:
@@ -63,6 +66,30 @@ def test_ctrl_c_within_a_step_waits_for_its_end(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     resumed = fit(JOINT, density, CASE.tasks, checkpoint=path)
     assert_same(resumed.state.state_dict(), whole.state.state_dict())
+    assert_same(
+        resumed.history.drop(columns="seconds").to_dict("list"),
+        whole.history.drop(columns="seconds").to_dict("list"),
+    )
+
+
+@pytest.mark.parametrize("at", [2, 4, 6])
+@pytest.mark.parametrize("update", ["auto", "gradient", "closed_form"])
+def test_a_run_with_solved_q_resumes_bit_for_bit(update: Any, at: int, tmp_path: Path) -> None:
+    """Within the closed form's first steps, and among those of each way of the prior."""
+
+    def halt(step: int, info: StepInfo) -> None:
+        if step == at:
+            raise KeyboardInterrupt
+
+    strategy, path = replace(SOLVED, prior_update=update), tmp_path / "run.pt"
+    whole = fit(strategy, CASE.density, CASE.tasks)
+    with pytest.raises(KeyboardInterrupt, match=f"after step {at} of 10"):
+        fit(strategy, CASE.density, CASE.tasks, checkpoint=path, on_step=halt)
+    resumed = fit(strategy, CASE.density, CASE.tasks, checkpoint=path)
+    assert len(whole.history) > at
+    assert_same(resumed.state.state_dict(), whole.state.state_dict())
+    assert_same(resumed.history["loss"].tolist(), whole.history["loss"].tolist())
+    assert resumed.history["step"].tolist() == list(range(1, len(whole.history) + 1))
 
 
 @pytest.mark.usefixtures("terminal")

@@ -1,7 +1,7 @@
 """Joint variational optimisation against exact answers: empirical Bayes, EM, and the collapse.
 
 With the cubature rule the bound of a linear-Gaussian problem has no noise, so that a run can be
-held against the oracle to many digits.
+held against the oracle to many digits, whether the q_i are solved or descend by Adam.
 """
 
 from __future__ import annotations
@@ -31,7 +31,16 @@ from varmeta.posterior import Gaussian
 from varmeta.seeds import generator
 
 CPU = torch.device("cpu")
-EXACT = JointVariational(expectation="cubature", steps=1000, learning_rate=0.1)
+# By Adam, without noise; the tolerance is so small that only the limit ends it.
+EXACT = JointVariational(
+    q="diagonal",
+    q_update="gradient",
+    expectation="cubature",
+    steps=1000,
+    learning_rate=0.1,
+    tolerance=1e-9,
+)
+SOLVED = JointVariational(tolerance=1e-6)  # every q_i to its best in each step
 
 
 def away(seed: int, num_tasks: int = 6, dim: int = 3) -> LinearGaussian:
@@ -52,22 +61,34 @@ def covariances(posterior: Any) -> Tensor:
     return out if posterior.factor is None else out + posterior.factor @ posterior.factor.mT
 
 
-@pytest.mark.parametrize("update", ["gradient", "closed_form"])
-def test_full_q_is_empirical_bayes(update: str) -> None:
-    """θ0, every scale, every posterior mean and covariance, and the evidence itself, to 1e-5."""
+@pytest.mark.parametrize(
+    ("strategy", "tolerance"),
+    [
+        (SOLVED, 1e-6),
+        (replace(SOLVED, prior_update="closed_form"), 1e-4),
+        (replace(EXACT, q="full", prior_update="gradient"), 1e-5),
+        (replace(EXACT, q="full", prior_update="closed_form"), 1e-5),
+    ],
+    ids=["quasi-newton", "solved closed_form", "gradient", "closed_form"],
+)
+def test_full_q_is_empirical_bayes(strategy: JointVariational, tolerance: float) -> None:
+    """θ0, every scale, every posterior mean and covariance, and the evidence itself."""
     problem = away(2)
     case = case_of(problem)
-    done = run(replace(EXACT, q="full", prior_update=update), case)  # type: ignore[arg-type]
+    done = run(strategy, case)
     exact = problem.gaussian_optimum(full=True)
     assert exact.converged and not exact.collapsed.any()
     there = problem.at(theta0=exact.theta0, log_scale=np.log(exact.scale))
-    assert_close(done.prior.loc, exact.theta0, 1e-5)
-    assert_close(done.prior.scale, exact.scale, 1e-5)
-    assert_close(done.posterior().mean, there.theta_stars(), 1e-5)
-    assert_close(
-        covariances(done.posterior()), np.stack([there.posterior_cov(i) for i in range(6)]), 1e-5
-    )
+    assert_close(done.prior.loc, exact.theta0, tolerance)
+    assert_close(done.prior.scale, exact.scale, tolerance)
+    cov = np.stack([there.posterior_cov(i) for i in range(6)])
+    fresh = [done.adapt(case.tasks.support)] if strategy.q == "auto" else []
+    for posterior in (done.posterior(), *fresh):
+        assert_close(posterior.mean, there.theta_stars(), tolerance)
+        assert_close(covariances(posterior), cov, tolerance)
     assert_close(done.history["loss"].iloc[-1] * 6, -there.log_marginal(), 1e-8)
+    assert list(done.history["step"]) == list(range(1, len(done.history) + 1))
+    assert done.converged is (strategy.q == "auto")
 
 
 @pytest.mark.parametrize("update", ["gradient", "closed_form"])
@@ -102,10 +123,19 @@ def test_whitened_has_the_same_optimum() -> None:
     assert_close(done.history["loss"].iloc[-1] * 6, exact.value, 1e-5)
 
 
-@pytest.mark.parametrize("update", ["gradient", "closed_form"])
+HYPER = {
+    "quasi-newton": (SOLVED, 1e-5),
+    "solved closed_form": (replace(SOLVED, prior_update="closed_form"), 1e-4),
+    "gradient": (replace(EXACT, q="full"), 1e-4),
+    "closed_form": (replace(EXACT, q="full", prior_update="closed_form"), 1e-4),
+}
+
+
+@pytest.mark.parametrize("way", HYPER)
 @pytest.mark.parametrize("learn_scale", [True, False])
-def test_a_hyperprior_counts_once(update: str, learn_scale: bool) -> None:
+def test_a_hyperprior_counts_once(way: str, learn_scale: bool) -> None:
     """The optimum is stationary in θ0 and the log scales, the hyperprior's part included."""
+    strategy, tolerance = HYPER[way]
     problem = away(1, num_tasks=8, dim=2)
     case = case_of(problem)
     belief = Hyperprior(
@@ -114,8 +144,7 @@ def test_a_hyperprior_counts_once(update: str, learn_scale: bool) -> None:
     prior = replace(case.prior, hyperprior=belief)
     if learn_scale:  # one scale for both coordinates
         prior = replace(prior, log_scale=tensor([0.0]), groups=torch.zeros(2, dtype=torch.long))
-    strategy = replace(EXACT, q="full", prior_update=update, learn_scale=learn_scale)  # type: ignore[arg-type]
-    done = run(strategy, replace(case, prior=prior))
+    done = run(replace(strategy, learn_scale=learn_scale), replace(case, prior=prior))
     loc, log_scale = (t.clone().requires_grad_() for t in (done.prior.loc, done.prior.log_scale))
     learned = done.prior.moved(loc, log_scale, None)
     posterior = done.posterior()
@@ -124,9 +153,9 @@ def test_a_hyperprior_counts_once(update: str, learn_scale: bool) -> None:
     total = q.kl(learned).sum() - learned.hyper_log_prob()
     slopes = torch.autograd.grad(total, [loc, log_scale])
     size = torch.autograd.grad(learned.hyper_log_prob(), [loc, log_scale])
-    assert (slopes[0].abs() < 1e-4 * size[0].abs()).all()
+    assert (slopes[0].abs() < tolerance * size[0].abs()).all()
     if learn_scale:
-        assert (slopes[1].abs() < 1e-4 * size[1].abs()).all()
+        assert (slopes[1].abs() < tolerance * size[1].abs()).all()
 
 
 # -- minibatches ----------------------------------------------------------------------------------
@@ -138,7 +167,9 @@ def test_minibatches_of_tasks_and_rows_reach_the_same_optimum(update: str) -> No
     problem = away(3, num_tasks=200, dim=2)
     case = case_of(problem)
     strategy = JointVariational(
+        q="diagonal",
         steps=1500,
+        tolerance=0.01,
         learning_rate=0.05,
         samples=4,
         batch_rows=3,
@@ -148,6 +179,22 @@ def test_minibatches_of_tasks_and_rows_reach_the_same_optimum(update: str) -> No
     exact = problem.gaussian_optimum()
     assert np.abs((done.prior.loc.numpy() - exact.theta0) / exact.scale).max() < 0.1
     assert np.abs(done.prior.scale.numpy() / exact.scale - 1).max() < 0.1
+
+
+def test_minibatches_of_tasks_and_solved_q_reach_the_closed_forms_optimum() -> None:
+    """200 tasks, 20 a step, sums kept over all: to a hundredth of a standard error, without noise.
+
+    Sums over the batch alone would jump by √10 of them in every step.
+    """
+    problem = away(3, num_tasks=200, dim=2)
+    case = case_of(problem)
+    strategy = JointVariational(prior_update="closed_form", steps=100)
+    done = fit(strategy, case.density, case.tasks.support, prior=case.prior, batch_size=20)
+    exact = problem.gaussian_optimum(full=True)
+    assert exact.converged
+    away_by = (done.prior.loc.numpy() - exact.theta0) / exact.scale * 200**0.5
+    assert np.abs(away_by).max() < 0.01
+    assert np.abs(np.log(done.prior.scale.numpy() / exact.scale)).max() * 400**0.5 < 0.01
 
 
 def test_a_minibatch_of_rows_is_unbiased() -> None:
@@ -168,11 +215,21 @@ def test_a_minibatch_of_rows_is_unbiased() -> None:
     assert ((values.mean(0) - exact).abs()[~few] < 4 * error[~few]).all()
 
 
-def test_moments_kept_from_visits_are_those_of_the_table() -> None:
+KEEPING = {
+    "resets": JointVariational(
+        q="diagonal", prior_update="closed_form", steps=40, resets=Reset(7, fraction=0.5)
+    ),
+    "solved": JointVariational(prior_update="closed_form", steps=40),
+}
+
+
+@pytest.mark.parametrize("way", KEEPING)
+def test_moments_kept_from_visits_are_those_of_the_table(way: str) -> None:
     """After any sequence of batches and resets the running sums are those of the visited rows."""
+    strategy = KEEPING[way]
     case = case_of(LinearGaussian.random(1, num_tasks=10))
     tasks = case.tasks.support
-    strategy = JointVariational(prior_update="closed_form", steps=40, resets=Reset(7, fraction=0.5))
+    strategy = strategy.settled(case.density, whole=False)
     state = strategy.init(case.density, case.prior, tasks, generator(0))
     for step in range(30):
         index = torch.randperm(8, generator=generator(1, step))[:3].sort().values  # 8, 9: never
@@ -213,7 +270,9 @@ def logistic_case() -> Case:
 def test_gradients_are_those_of_finite_differences(family: Any, parametrisation: Any) -> None:
     """In θ0, the scales, the low-rank factor, φ, and every column of every q, noise held fixed."""
     case = logistic_case()
-    strategy = JointVariational(q=family, rank=1, parametrisation=parametrisation)
+    strategy = JointVariational(
+        q=family, rank=1, parametrisation=parametrisation, q_update="gradient"
+    )
     rows_of = Family(family, 2, 1 if family == "low_rank" else 0)
     rows = 0.3 * torch.randn(3, rows_of.num_columns, generator=generator(1), dtype=FLOAT)
     meta = Meta.start(case.density, case.prior, learn_scale=family != "delta")
@@ -236,7 +295,9 @@ def test_with_shift_every_q_follows_theta0() -> None:
     case = case_of(LinearGaussian.random(0))
     tasks, step = case.tasks.support, 0.7
     moved = {}
-    for strategy in (JointVariational(shift=True), JointVariational()):
+    plain = JointVariational(q="diagonal")
+    for open_ in (replace(plain, shift=True), plain):
+        strategy = open_.settled(case.density, whole=True)
         state = strategy.init(case.density, case.prior, tasks, generator(0))
         strategy.step(case.density, state, Batch(tasks, torch.arange(6), 6), generator(1))
         means = []

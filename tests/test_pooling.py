@@ -16,6 +16,7 @@ from varmeta.inference.fit import Fit, fit
 from varmeta.inference.minimise import GradientDescent
 from varmeta.inference.pooling import CompletePooling, NoPooling
 from varmeta.models.density import Density
+from varmeta.posterior import Gaussian
 from varmeta.tasks import Tasks
 
 USER = {"theta0": np.zeros(3), "log_scale": np.full(3, np.log(2.0))}  # linear_model's own prior
@@ -40,34 +41,57 @@ def pooled_fit(problem: LinearGaussian, draws: int = 4000) -> Fit:
 
 
 def test_no_pooling_is_each_tasks_own_posterior_under_the_users_prior() -> None:
-    """The best diagonal q; a log sd's Monte Carlo error is explained in test_joint.py."""
+    """Exactly: the tasks are solved, in one step, and the run says so."""
     problem = LinearGaussian.random(2).at(**USER)
     case = case_of(problem)
-    done = fit(NoPooling(steps=500, learning_rate=0.1), case.density, case.tasks.support)
+    for batch_size, steps in ((None, 1), (2, 3)):
+        done = fit(NoPooling(), case.density, case.tasks.support, batch_size=batch_size)
+        assert done.converged and len(done.history) == steps
+        assert done.reason == (
+            f"nothing is learned across tasks, and each has its best q (step {steps})"
+        )
+        exact = np.stack([problem.posterior_cov(i) for i in range(6)])
+        for posterior in (done.posterior(), done.adapt(case.tasks.support)):
+            assert isinstance(posterior, Gaussian)
+            assert_close(posterior.mean, problem.theta_stars(), 1e-8)
+            assert_close(posterior.scale @ posterior.scale.mT, exact, 1e-8)
+        assert_close(done.prior.scale, np.full(3, 2.0), 1e-12)  # nothing learned
+        assert float(done.prior.loc.abs().max()) == 0
+
+
+def test_no_pooling_with_a_diagonal_q_is_each_tasks_best_one() -> None:
+    """By Adam; a log sd's Monte Carlo error is explained in test_joint.py. Nothing that could come
+    to rest is learned across tasks, so that the run goes to its limit and does not complain."""
+    problem = LinearGaussian.random(2).at(**USER)
+    case = case_of(problem)
+    strategy = NoPooling(q="diagonal", steps=500, learning_rate=0.1)
+    done = fit(strategy, case.density, case.tasks.support)
+    assert done.converged is None and done.reason == ""
     posterior, sds = done.posterior(), np.sqrt(problem.best_variances())
     assert np.abs((posterior.mean.numpy() - problem.theta_stars()) / sds).max() < 0.05
     ratio = np.log(posterior.sd.numpy() / sds)
     assert np.abs(ratio).max() < 0.15 and abs(ratio.mean()) < 0.04
-    assert_close(done.prior.scale, np.full(3, 2.0), 1e-12)  # nothing learned
+    assert_close(done.prior.scale, np.full(3, 2.0), 1e-12)
     assert float(done.prior.loc.abs().max()) == 0
 
 
 def test_no_pooling_gives_a_task_the_same_whoever_else_is_there() -> None:
     problem = LinearGaussian.random(3)
     case = case_of(problem)
-    means = [
-        fit(NoPooling(q="delta", steps=300, learning_rate=0.2), case.density, tasks)
-        .posterior()
-        .mean[0]
-        for tasks in (case.tasks.support, case.tasks.support.select([0]))
-    ]
-    assert torch.allclose(*means, atol=1e-10)
+    for strategy in (NoPooling(q="delta", steps=300, learning_rate=0.2), NoPooling()):
+        means = [
+            fit(strategy, case.density, tasks).posterior().mean[0]
+            for tasks in (case.tasks.support, case.tasks.support.select([0]))
+        ]
+        assert torch.allclose(*means, atol=1e-10)
 
 
 def test_no_pooling_still_learns_what_is_shared() -> None:
     case = case_of(LinearGaussian.random(4), shared_noise=True)
-    done = fit(NoPooling(steps=5), case.density, case.tasks.support)
-    assert float((done.shared - case.density.shared_init).abs()) > 0
+    for strategy in (NoPooling(), NoPooling(q="diagonal", steps=5)):
+        done = fit(strategy, case.density, case.tasks.support)
+        assert float((done.shared - case.density.shared_init).abs()) > 0
+        assert not done.state.meta.raw["loc"].any()
 
 
 # -- complete pooling -----------------------------------------------------------------------------

@@ -29,13 +29,21 @@ def test_there_is_none_where_there_is_one_basin(q: str) -> None:
     case = case_of(LinearGaussian.random(2))
     strategy = JointVariational(
         q=q,  # type: ignore[arg-type]
+        q_update="gradient",
         expectation="cubature",
+        tolerance=1e-9,
         steps=800,
         learning_rate=0.1,
         adapt_steps=800,
     )
     gap = reachability_gap(fit(strategy, case.density, case.tasks.support, prior=case.prior))
     assert gap.shape == (6,) and gap.abs().max() < 1e-5
+
+
+def test_where_every_q_is_solved_there_is_none_to_rounding() -> None:
+    case = case_of(LinearGaussian.random(2))
+    done = fit(JointVariational(), case.density, case.tasks.support, prior=case.prior)
+    assert reachability_gap(done).abs().max() < 1e-9
 
 
 def test_it_is_exact_where_a_task_sits_in_a_well_that_theta0_does_not_lead_to() -> None:

@@ -199,8 +199,9 @@ class JointVariational(Strategy):
         return replace(self, q_update="solve" if solve else "gradient", **chosen)  # type: ignore[arg-type]
 
     def is_tested(self, state: State) -> bool:
-        """Unless there are resets."""
-        return self.resets is None
+        """Unless there are resets, or Adam's steps on the q_i alone."""
+        tested = self.q_update == "solve" or bool(self._tested(state.meta))
+        return self.resets is None and tested
 
     def prepare(self, tasks: Tasks | TaskSource, seed: int) -> Tasks:
         """All rows of the tasks.
@@ -309,13 +310,14 @@ class JointVariational(Strategy):
         meta = state.meta
         closed = self.prior_update == "closed_form"
         if closed or not meta.leaves() or self._begins(state):
-            found, q = self._evaluate(density, state, batch)
-            state.tensors.update(found.keep)
+            found, moments = self._evaluate_moments(density, state, batch)
             if closed or self._begins(state):
-                maximise(_moments(meta, q), meta, batch.total, self.learn_loc, self._learns_scale)
-            if closed and not meta.leaves():
+                maximise(moments, meta, batch.total, self.learn_loc, self._learns_scale)
+            if closed and not meta.leaves() and len(batch.tasks) == batch.total:
                 self._has_slowed(state, found.info.loss * batch.total)
-            elif not meta.leaves() and len(batch.tasks) == batch.total:
+            elif closed and not meta.leaves():
+                self._look_at_iterates(state, batch)
+            elif not meta.leaves() and bool((state.tensors["visits"] > 0).all()):
                 state.arrived = "nothing is learned across tasks, and each has its best q"
             if not (closed and meta.leaves()):
                 return found.info
@@ -332,6 +334,21 @@ class JointVariational(Strategy):
         update(state.optimisers["meta"], meta.leaves(), found.grads, rate)
         self._look_at_iterates(state, batch)
         return found.info
+
+    def _evaluate_moments(
+        self, density: Density, state: State, batch: Batch
+    ) -> tuple[Evaluated, dict[str, Tensor]]:
+        """The batch's best q_i, kept; and moments: of all visited so far, if these are summed."""
+        meta, table = state.meta, state.tensors
+        index = batch.index.to(table["rows"].device)
+        before, seen = table["rows"][index], (table["visits"][index] > 0).double()
+        found, q = self._evaluate(density, state, batch)
+        table.update(found.keep)
+        if self.prior_update != "closed_form":
+            return found, _moments(meta, q)
+        add_moments(table, meta, self._q(meta, meta.fixed()[0], before), -seen)
+        add_moments(table, meta, q, 1.0)
+        return found, table
 
     def _evaluate(
         self, density: Density, state: State, batch: Batch
@@ -428,8 +445,10 @@ class JointVariational(Strategy):
         last = state.tensors.setdefault("em", torch.full((2,), torch.nan, dtype=torch.float64))
         gain = float(last[0]) - nats
         rate = min(max(gain / float(last[1]), 0.0), 0.9999) if float(last[1]) > 0 else math.nan
-        last.copy_(torch.tensor([nats, gain]))
-        if gain * rate / (1 - rate) < 0.5 * self._quasi_newton.tolerance**2:
+        last.copy_(torch.tensor([nats, gain], dtype=torch.float64))
+        rounding = 8 * torch.finfo(state.meta.origin.loc.dtype).eps * (1 + abs(nats))
+        small = gain * rate / (1 - rate) < 0.5 * self._quasi_newton.tolerance**2
+        if small or gain < rounding:
             state.arrived = "the closed form has less than the tolerance left to gain"
 
     # -- private ----------------------------------------------------------------------------------

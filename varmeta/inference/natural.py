@@ -37,7 +37,10 @@ MAX_DIM = 40  # coordinates up to which full covariances are the default
 _PRODUCT = {1: 11, 2: 4}  # Gauss-Hermite points a dimension, where their product is small
 _MOST_NATURAL, _MOST_BFGS = 10, 200
 _HALVINGS = 12
-_LEAST = 0.1  # of a step's change of precision in a direction: widths grow threefold at most
+# Of a step's change of precision in a direction: widths grow threefold at most, and shrink a
+# hundredfold, since where points overflow almost the curvature there says nothing of elsewhere.
+_LEAST, _MOST = 0.1, 1e4
+_ROUNDS = 3  # of L-BFGS, each in the units of the q where the one before ended
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,13 +157,16 @@ class _Steps:
     def run(self, mean: Tensor, tril: Tensor, tolerance: float | None) -> Solved:
         goal = tolerance or (1e-6 if mean.dtype == torch.float64 else 1e-3)
         mean, tril, size, iterations = self.natural(mean, tril, goal)
-        rest = (size > goal).nonzero()[:, 0]
-        if len(rest):
-            chosen = replace(self, tasks=self.tasks.select(rest.cpu()))
+        for number in range(_ROUNDS):
+            rest = (size > (goal if number == 0 else 10 * goal)).nonzero()[:, 0]
+            if not len(rest):
+                break
+            chosen = replace(self, tasks=self.tasks.select(rest.cpu()), gradients=0)
             found = chosen.quasi_newton(mean[rest], tril[rest], goal)
             mean[rest], tril[rest], size[rest] = found.mean, found.tril, found.slope
             iterations[rest] += found.iterations
-            self.gradients += found.gradients * len(rest) // len(mean)
+            spent = found.gradients + chosen.gradients
+            self.gradients += spent * len(rest) // len(mean)
         return Solved(mean, tril, size, size <= 10 * goal, iterations, self.gradients)
 
     def natural(
@@ -238,9 +244,11 @@ class _Steps:
             found = method.minimise(energy, mean.new_zeros(count, dim + len(row)))
         best = q(found.theta)
         assert best.factor is not None
-        done, steps = found.grad_norm <= 10 * goal, found.iterations
-        gradients = found.gradients * len(self.rule.points)
-        return Solved(best.mean, best.factor, found.grad_norm, done, steps, gradients)
+        # In units of the q that was found: those of its start may have been far too narrow.
+        _, slopes = self.evaluate(best.mean, best.factor)
+        size = _size(*self.directions(best.mean, best.factor, slopes, prior.precision()))
+        gradients = found.gradients * len(points)
+        return Solved(best.mean, best.factor, size, size <= 10 * goal, found.iterations, gradients)
 
     def evaluate(self, mean: Tensor, tril: Tensor) -> tuple[Tensor, list[Tensor]]:
         """F `[T]`, infinite where it is not a number, Σ w g `[T, D]`, Σ w (Lᵀg)zᵀ `[T, D, D]`."""
@@ -281,7 +289,7 @@ class _Steps:
         share = length[:, None]
         step = vectors @ ((vectors.mT @ along[..., None]) / values[..., None])
         mean = mean - share * (tril @ step)[..., 0]
-        precision = 1 - share + share * values
+        precision = 1 - share + share * values.clamp(max=_MOST)
         inner = (vectors / precision[..., None, :]) @ vectors.mT  # in units of the old q
         root, _ = torch.linalg.cholesky_ex(inner)
         return mean, tril @ root

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -15,7 +16,7 @@ from torch import Tensor
 from varmeta.models.capture import Captured
 from varmeta.models.check_model import check_model
 from varmeta.models.derivatives import EnergyFunction
-from varmeta.models.laws import law_parameters, law_with
+from varmeta.models.laws import law_in, law_parameters, law_with
 from varmeta.models.operations import BatchedOperations
 from varmeta.models.programs import Product, Programs
 from varmeta.models.sites import (
@@ -80,7 +81,11 @@ class Density:
         self.input_shape = x.shape[1:]
         sites, self.observed = read_sites(model, x, y, shared)
         self.sites = tuple(s for s in sites if s.role == "adapted")
-        self.shared_sites = tuple(s for s in sites if s.role != "adapted")
+        self.shared_sites = tuple(  # in the data's type, so that their densities are too
+            s if s.prior is None else replace(s, prior=law_in(s.loc.dtype, s.prior))
+            for s in sites
+            if s.role != "adapted"
+        )
         self._batched: dict[tuple[int, bool], Captured] = {}
         self._programs: dict[str, Programs] = {}
         self._compiled = False

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from varmeta.models.density import Density
-from varmeta.models.laws import law_in
 from varmeta.models.prior import GaussianPrior
 from varmeta.tasks import Tasks
 
@@ -54,14 +53,14 @@ def hierarchy(
             "draw from its posterior"
         )
 
-    laws = [(site, law_in(prior.loc.dtype, site.prior)) for site in density.shared_sites]
-
     def model() -> Tensor:
         loc = pyro.sample("loc", dist.Normal(belief.loc, belief.width).to_event(1))
         scale = pyro.sample("scale", belief.scales().to_event(1))
         parts = [
-            site.unconstrain(pyro.sample(f"shared_{site.name}", law.to_event(len(law.batch_shape))))
-            for site, law in laws
+            site.unconstrain(
+                pyro.sample(f"shared_{site.name}", site.prior.to_event(len(site.prior.batch_shape)))
+            )
+            for site in density.shared_sites
         ]
         sd = scale[..., prior.groups]
         with pyro.plate("tasks", len(tasks), dim=-1):
