@@ -208,7 +208,7 @@ class Chain:
             return loss + prior.penalty(theta)
 
         start = prior.loc.expand(len(self.tasks), -1)
-        values, vectors, gradients = curvature_at_rest(energy, start, prior.scale)
+        values, vectors, gradients, _ = curvature_at_rest(energy, start, prior.scale)
         self.gradients += gradients
         return Root(values.sqrt(), vectors, prior.scale)
 

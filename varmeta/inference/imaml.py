@@ -20,6 +20,7 @@ from varmeta.inference.energy import TaskEnergy
 from varmeta.inference.laplace import MAX_DIM, laplace_scale
 from varmeta.inference.metagradient import MetaGradient
 from varmeta.inference.minimise import Minimiser
+from varmeta.inference.modes import find_modes
 from varmeta.inference.newton import NewtonCG
 from varmeta.inference.prox import Adjoint, Implicit, ProxInfo, is_exact, prox
 from varmeta.models.density import Density
@@ -141,11 +142,9 @@ def adapt_map(
     laplace: bool,
 ) -> TaskPosterior:
     """The MAP point of each task under a fixed prior and φ, with its curvature if `laplace`."""
-    energy = TaskEnergy(density, tasks, shared, prior)
-    with torch.no_grad():
-        theta, info = prox(energy, prior.loc.expand(len(tasks), -1), minimiser=minimiser)
+    theta, info = find_modes(density, prior, shared, tasks, minimiser)
     stats = info.stats()
     if not laplace:
         return Delta(density, tasks.names, shared, theta, stats=stats)
-    tril = laplace_scale(energy, theta, tasks.names)
+    tril = laplace_scale(TaskEnergy(density, tasks, shared, prior), theta, tasks.names)
     return Gaussian(density, tasks.names, shared, theta, tril, laplace=True, stats=stats)

@@ -28,6 +28,7 @@ from varmeta.inference.families import GaussianQ
 from varmeta.inference.free_energy import free_energy
 from varmeta.inference.laplace import laplace_scale
 from varmeta.inference.lbfgs import LBFGS
+from varmeta.inference.modes import find_modes
 from varmeta.inference.newton import NewtonCG
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
@@ -113,13 +114,13 @@ def laplace_start(
         NonFiniteLoss: a task's loss, or its curvature, is not finite there; `step` is named.
     """
     energy = TaskEnergy(density, tasks, shared, prior)
-    with torch.no_grad():
-        minimum = NewtonCG().minimise(energy, prior.loc.expand(len(tasks), -1))
-    check_finite(minimum.at.value, tasks, step)
-    if not bool(minimum.at.grad.isfinite().all()):
+    value, grad = energy.value_and_gradient(prior.loc.expand(len(tasks), -1))
+    check_finite(value, tasks, step)
+    if not bool(grad.isfinite().all()):
         raise NonFiniteLoss(non_finite_gradient(step))
-    tril = laplace_scale(energy, minimum.theta, None)
-    return minimum.theta, tril, minimum.gradients + 2 * prior.dim
+    theta, info = find_modes(density, prior, shared, tasks, NewtonCG())
+    tril = laplace_scale(energy, theta, None)
+    return theta, tril, info.gradients + 1 + 2 * prior.dim
 
 
 def solve(

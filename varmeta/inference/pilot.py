@@ -24,11 +24,13 @@ class Curvature(NamedTuple):
         values: its eigenvalues, `[T, D]`, 1 being about the prior's own.
         vectors: `[T, D, D]`, columns.
         gradients: evaluations of each task's gradient, a Hessian-vector product counted as two.
+        theta: where that is, `[T, D]`.
     """
 
     values: Tensor
     vectors: Tensor
     gradients: int
+    theta: Tensor
 
 
 def curvature_at_rest(
@@ -78,7 +80,7 @@ def curvature_at_rest(
             length = torch.where(good, length, 0.5 * length)
         theta = torch.where((good & active)[:, None], trial, theta)
         stalled = stalled | (active & ~good)
-    return Curvature(size, vectors, count)
+    return Curvature(size, vectors, count, theta)
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
