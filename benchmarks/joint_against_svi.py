@@ -122,7 +122,7 @@ def table(title: str, density: vm.Density, tasks: vm.Tasks, steps: int) -> Table
     options = {"steps": steps, "learning_rate": LEARNING_RATE}
     svi = {"point_globals": True, "centred": True}
     programs: dict[str, vm.Strategy] = {
-        "JointVariational, 8 draws": vm.JointVariational(**options),  # type: ignore[arg-type]
+        "JointVariational, 8 draws": vm.JointVariational(q="diagonal", **options),  # type: ignore[arg-type]
         "PyroSVI, 8 draws": vm.PyroSVI(samples=8, **svi, **options),  # type: ignore[arg-type]
         "PyroSVI, 1 draw": vm.PyroSVI(samples=1, **svi, **options),  # type: ignore[arg-type]
     }

@@ -47,7 +47,8 @@ class Steps:
         self.tasks = counties(count)
         few = self.tasks.select([0, 1])
         self.density = vm.Density(county, few, shared=["uranium", "noise"])
-        self.strategy = vm.JointVariational(steps=WARM + STEPS)
+        strategy = vm.JointVariational(q="diagonal", steps=WARM + STEPS)
+        self.strategy = strategy.settled(self.density, whole=False)
         prior = vm.GaussianPrior.from_density(self.density)
         self.state = self.strategy.init(self.density, prior, self.tasks, generator(0))
         # Drawn before the clock starts: shuffling a million numbers empties the cache.

@@ -68,9 +68,9 @@ PROBLEMS: dict[str, Callable[[], tuple[vm.Density, vm.Tasks]]] = {
 }
 
 STRATEGIES: tuple[vm.Strategy, ...] = (
-    vm.JointVariational(steps=2000),
+    vm.JointVariational(),
+    vm.JointVariational(q="diagonal", steps=2000),
     vm.JointVariational(q="low_rank", rank=1, steps=2000),
-    vm.JointVariational(q="full", steps=2000),
     vm.JointVariational(q="delta", steps=2000),
     vm.LaplaceEvidence(),
     vm.AmortisedVariational(q="laplace", outside="query"),

@@ -79,9 +79,9 @@ def unfitted(
     strategy = strategy or JointVariational()
     prior = prior or GaussianPrior.from_density(density)
     training = tasks if isinstance(tasks, TaskSource) else strategy.prepare(tasks, 0)
-    settled = strategy.settled(density, whole=True)
+    settled = strategy.settled(density, whole=isinstance(tasks, Tasks))
     state = settled.init(density, prior, training, torch.Generator())
-    return Fit(strategy, density, tasks, state, 0, pd.DataFrame(), stats)
+    return Fit(strategy, density, tasks, state, 0, pd.DataFrame(), stats, settled=settled)
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

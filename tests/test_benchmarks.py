@@ -126,7 +126,7 @@ def test_joint_and_pyros_svi_lower_the_same_bound(monkeypatch):
     assert joint_against_svi.table("", density, tasks, steps=20).row_count == 3
     options = {"learning_rate": joint_against_svi.LEARNING_RATE, "steps": 60}
     for strategy in (
-        JointVariational(**options),
+        JointVariational(q="diagonal", **options),
         PyroSVI(samples=8, point_globals=True, centred=True, **options),
     ):
         bounds = joint_against_svi.run(strategy, density, tasks, 60).bounds

@@ -62,7 +62,7 @@ def exports() -> dict[str, Any]:
     """
     tasks = easy_tasks()
     density, every = Density(easy, tasks, shared=["sd"]), Density(easy, tasks)
-    variational = fit(JointVariational(steps=150), density, tasks, progress=False)
+    variational = fit(JointVariational(q="diagonal", steps=150), density, tasks, progress=False)
     runs = {
         "laplace": fit(IMAML(steps=3), every, tasks, progress=False),
         "laplace, shared": fit(IMAML(steps=3), density, tasks, progress=False),

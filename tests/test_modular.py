@@ -186,7 +186,9 @@ STRATEGIES = {
     "exact": (SigmaIMAML(**COMMON), 1000),
     "unrolled": (
         SigmaMAML(
-            minimiser=ProximalDescent(0.5, 30, tolerance=0, momentum=0.7),
+            minimiser=ProximalDescent(
+                0.5, 30, tolerance=0, momentum=0.7, reduction="sum", clip=None
+            ),
             **COMMON,
         ),
         1000,
