@@ -96,6 +96,7 @@ def moments(
 def run(strategy: vm.Strategy, density: vm.Density, tasks: vm.Tasks, steps: int) -> Trace:
     """`steps` steps, with the clock stopped while the objective is evaluated."""
     prior = vm.GaussianPrior.from_density(density)
+    strategy = strategy.settled(density, whole=True)
     state = strategy.init(density, prior, tasks, generator(0))
     batch = Batch(tasks, torch.arange(len(tasks)), len(tasks))
     points = cubature(density.dim, prior.loc.dtype, prior.loc.device)
