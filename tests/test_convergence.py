@@ -38,7 +38,9 @@ from varmeta import (
     fit,
 )
 from varmeta.inference.base import Meta, NonFiniteLoss, State, StepInfo
-from varmeta.inference.outer import Evaluated, IterateTest, QuasiNewton, flat, learned
+from varmeta.inference.iterate_test import IterateTest
+from varmeta.inference.learned import Evaluated, flat, learned
+from varmeta.inference.quasi_newton import QuasiNewton
 from varmeta.seeds import generator
 
 SMOOTH: dict[str, Strategy] = {

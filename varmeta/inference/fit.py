@@ -33,7 +33,7 @@ from varmeta.inference.diagnostics import (
     warn_of_limit,
     warn_of_skipped,
 )
-from varmeta.inference.outer import moving
+from varmeta.inference.quasi_newton import moving
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import TaskPosterior

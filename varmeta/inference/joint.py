@@ -38,18 +38,10 @@ from varmeta.inference.base import (
 from varmeta.inference.closed_form import add_moments, maximise, no_moments
 from varmeta.inference.families import Family, GaussianQ, Kind
 from varmeta.inference.free_energy import cubature, free_energy
+from varmeta.inference.iterate_test import IterateTest
+from varmeta.inference.learned import EXACT, NOISY, Evaluated, flat, learned, put, units
 from varmeta.inference.natural import MAX_DIM, Rule, Solved, laplace_start, quadrature, solve
-from varmeta.inference.outer import (
-    EXACT,
-    NOISY,
-    Evaluated,
-    IterateTest,
-    QuasiNewton,
-    flat,
-    learned,
-    put,
-    units,
-)
+from varmeta.inference.quasi_newton import QuasiNewton
 from varmeta.inference.resets import Reset
 from varmeta.inference.table import descend, new_table, reset
 from varmeta.models.density import Density

@@ -24,17 +24,10 @@ from varmeta.inference.base import (
     with_query,
 )
 from varmeta.inference.energy import TaskEnergy
+from varmeta.inference.iterate_test import IterateTest
+from varmeta.inference.learned import EXACT, NOISY, Evaluated, flat, put, units
 from varmeta.inference.memory import bytes_per_task
-from varmeta.inference.outer import (
-    EXACT,
-    NOISY,
-    Evaluated,
-    IterateTest,
-    QuasiNewton,
-    flat,
-    put,
-    units,
-)
+from varmeta.inference.quasi_newton import QuasiNewton
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.tasks import Tasks, TaskSource
@@ -58,7 +51,7 @@ class MetaGradient(Strategy):
     """Learn θ0, the scales and φ along the gradient of Σ_i g_i(θ_i), θ_i adapted to f_i.
 
     Attributes:
-        steps: meta-steps at most; the run ends before where it has arrived (`outer`).
+        steps: meta-steps at most; the run ends before where it has arrived.
         optimiser: `"quasi-newton"` where the gradient is exactly that of a loss without noise, of
             all tasks in every step: an iteration with its line search is a step, and the run ends
             at the optimum. `"adam"` elsewhere: the run ends where the iterates have come to rest,
@@ -140,7 +133,7 @@ class MetaGradient(Strategy):
         return chosen
 
     def is_tested(self, state: State) -> bool:
-        """Always: see `outer`."""
+        """Always: see `quasi_newton` and `iterate_test`."""
         return True
 
     def prepare(self, tasks: Tasks | TaskSource, seed: int) -> Tasks | TaskSource:

@@ -38,7 +38,8 @@ from varmeta.inference.base import (
     non_finite_gradient,
     update,
 )
-from varmeta.inference.outer import NOISY, IterateTest, flat
+from varmeta.inference.iterate_test import IterateTest
+from varmeta.inference.learned import NOISY, flat
 from varmeta.inference.svi_model import global_sites, model_in_units
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
@@ -167,7 +168,7 @@ class PyroSVI(Strategy):
         return state
 
     def is_tested(self, state: State) -> bool:
-        """Always: see `outer.IterateTest`."""
+        """Always: see `IterateTest`."""
         return True
 
     def step(

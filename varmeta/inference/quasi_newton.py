@@ -1,150 +1,31 @@
-"""How what is learned across tasks moves, and when it has arrived.
+"""Without noise: a quasi-Newton method to the optimum of what is learned across tasks.
 
-Two ways, for objectives without noise and with it:
-
-- `QuasiNewton`: PyTorch's L-BFGS with a strong-Wolfe line search (Nocedal & Wright, 2006, Numerical
-  Optimization, chapters 3 and 7) on the total objective in units in which its curvature is about 1.
-  Where it slows down, a Newton step from differences of gradients says how far the optimum still
-  is, in nats and in standard errors of each learned quantity.
-- `IterateTest`: steps of one size until the iterates are stationary (split R-hat of their block
-  means, Monte Carlo error of their average), then steps of half the size until the average moves
-  no more, and that average is the answer (Dhaka, Catalina, Andersen, Magnusson, Huggins & Vehtari,
-  2020, Robust, Accurate Stochastic Optimization for Variational Inference; Welandawe, Andersen,
-  Vehtari & Huggins, 2022, Robust, Automated, and Accurate Black-box Variational Inference).
-
-An objective that turns out to have jumps (an inner minimum that moves to another basin) is left by
-the first way and gone on with by the second.
+PyTorch's L-BFGS with a strong-Wolfe line search (Nocedal & Wright, 2006, Numerical Optimization,
+chapters 3 and 7) on the total objective in units in which its curvature is about 1. Where it slows
+down, a Newton step from differences of gradients says how far the optimum still is, in nats and in
+standard errors of each learned quantity. An objective that turns out to have jumps (an inner
+minimum that moves to another basin) is gone on with by first-order steps and an `IterateTest`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from varmeta.inference.base import Meta, NonFiniteLoss, State, StepInfo, decayed, update
+from varmeta.inference.base import Meta, NonFiniteLoss, State, StepInfo, update
+from varmeta.inference.iterate_test import IterateTest
+from varmeta.inference.learned import NOISY, Evaluate, flat, learned, names, put, units
 
-EXACT, NOISY = 0.01, 0.2  # standard errors: default tolerances without noise and with it
 _VERIFIED = 40  # learned numbers up to which a Newton step is made from differences of gradients
 _DIFFERENCE = 0.02  # of a unit, the step of these differences
 _FLAT = 1e-4  # nats per unit²: curvature below which the data say nothing of a direction
 _MOST_EVALUATIONS = 25  # of one line search
 _FIRST = 0.5  # standard errors, the first size of first-order steps where there are jumps
 _PROBED = 10  # scales up to which a wider value is tried before a run has arrived
-_BLOCKS = 10  # block means in each half of the window that is tested
-_FIRST_BLOCK = 2  # steps in the first block
-_GROWTH = 1.5  # of a half of the window, from one test to the next
-_WATCHED = 1000  # learned numbers, at most, that are tested
-_WORST_RHAT, _MEAN_RHAT = 1.3, 1.1
-_STREAM = 100  # tasks whose information sets the units where there is no end of them
-
-Evaluate = Callable[[], "Evaluated"]
-
-
-@dataclass(frozen=True, eq=False)
-class Evaluated:
-    """The objective and its gradient at the learned values as they stand.
-
-    Attributes:
-        info: loss (nats per task), gradient evaluations and diagnostics, as of a step.
-        grads: d loss / d each leaf of `Meta`.
-        keep: what a state's tensors of these names become if the point is kept.
-    """
-
-    info: StepInfo
-    grads: list[Tensor]
-    keep: dict[str, Tensor] = field(default_factory=dict)
-
-
-def learned(meta: Meta) -> dict[str, Tensor]:
-    """What of `meta.raw` is learned by gradients."""
-    return {name: tensor for name, tensor in meta.raw.items() if tensor.requires_grad}
-
-
-def units(meta: Meta, total: float, raw: Mapping[str, Tensor] | None = None) -> Tensor:
-    """About one standard error of each learned number, in units of `meta.raw`, `[n]`.
-
-    σ/√T for θ0 (and the low-rank factor), 1/√(2 T n_m) for the log scale of n_m coordinates, 1/√T
-    units of its prior for φ: what T tasks would leave open if each showed its θ_i. `raw`: of which
-    parts of `meta.raw`; those with a gradient if None.
-    """
-    tasks = total if math.isfinite(total) else _STREAM
-    with torch.no_grad():
-        prior, origin = meta.prior, meta.origin
-        width = prior.scale / origin.scale
-        if prior.factor is not None:
-            width = (prior.scale**2 + prior.factor.square().sum(-1)).sqrt() / origin.scale
-        width = width.clamp(min=1e-12)
-        sizes = prior.groups.bincount(minlength=len(prior.log_scale))
-        own = {
-            "loc": width,
-            "log_scale": (2.0 * sizes.clamp(min=1)).to(width).rsqrt(),
-            "factor": None if prior.factor is None else width[:, None].expand_as(prior.factor),
-        }
-        parts = []
-        for name, tensor in (learned(meta) if raw is None else raw).items():
-            unit = own.get(name)
-            unit = torch.ones_like(tensor) if unit is None else unit
-            parts.append(unit.reshape(-1).detach())
-        return torch.cat(parts) / math.sqrt(tasks)
-
-
-def names(meta: Meta) -> list[str]:
-    """What each learned number is: `loc[slope]`, `log_scale[slope]`, `shared[noise]`, …."""
-    density, out = meta.density, list[str]()
-    sites = [
-        s.name if s.size == 1 else f"{s.name}.{k}" for s in density.sites for k in range(s.size)
-    ]
-    shared = [
-        s.name if s.size == 1 else f"{s.name}.{k}"
-        for s in density.shared_sites
-        for k in range(s.size)
-    ]
-    known = {"loc": sites, "log_scale": list(meta.origin.modules.names), "shared": shared}
-    for name, tensor in learned(meta).items():
-        labels = known.get(name)
-        if labels is None or len(labels) != tensor.numel():
-            labels = [str(k) for k in range(tensor.numel())]
-        out += [f"{name}[{label}]" for label in labels]
-    return out
-
-
-def flat(tensors: Sequence[Tensor]) -> Tensor:
-    """All numbers in one vector, `[n]`."""
-    return torch.cat([t.detach().reshape(-1) for t in tensors])
-
-
-def put(meta: Meta, values: Tensor) -> None:
-    """Set what is learned to `values` `[n]`."""
-    leaves = meta.leaves()
-    with torch.no_grad():
-        for leaf, part in zip(leaves, values.split([t.numel() for t in leaves]), strict=True):
-            leaf.copy_(part.reshape(leaf.shape))
-
-
-def moving(state: State) -> pd.DataFrame:
-    """See `Fit.moving`."""
-    meta, tensors = state.meta, state.tensors
-    values = flat(meta.leaves()) if meta.leaves() else torch.zeros(0)
-    error = moves = torch.full_like(values, torch.nan)
-    if "outer_error" in tensors and not QuasiNewton.has_jumps(state):
-        error = tensors["outer_error"]
-        own = error / tensors["outer_unit"]
-        moves = own * tensors["outer_slope"].abs()  # up to correlations
-    elif "trail" in tensors and len(values) == tensors["trail"].shape[-1]:
-        first, second = tensors["trail_average"], values
-        moves = (second - first).abs()
-    columns = {"value": values, "error": error, "moves": moves}
-    table = pd.DataFrame({k: v.detach().cpu().double().numpy() for k, v in columns.items()})
-    table.insert(0, "quantity", names(meta) if len(values) else [])
-    return table
-
-
-# -- without noise ---------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -440,95 +321,19 @@ def _key(u: Tensor) -> bytes:
     return u.detach().cpu().numpy().tobytes()
 
 
-# -- with noise ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class IterateTest:
-    """Whether the iterates of noisy steps are stationary, and their average known well enough.
-
-    The last iterates are cut in two segments of ten blocks. Where R-hat of the block means says
-    that both have the same law, and the second one's average has a Monte Carlo error within the
-    tolerance, the steps of this size have done what they can: their size is halved, and when the
-    average then stays where it was the run has arrived. In the last quarter of the limit the size
-    falls to 0 on a cosine, so that a run which the limit ends is as good as it can be.
-
-    Attributes:
-        tolerance: standard errors, see `units`.
-        steps: the limit.
-    """
-
-    tolerance: float
-    steps: int
-
-    def begin(self, like: Tensor) -> dict[str, Tensor]:
-        """Tensors for a state that has taken no step; `like` `[n]` is what is tested."""
-        watched = min(len(like), _WATCHED)
-        zeros = like.new_zeros(2, _BLOCKS, watched)
-        return {
-            "trail": zeros,
-            "trail_sum": like.new_zeros(2, len(like)),
-            "trail_average": torch.full_like(like, torch.nan),
-        }
-
-    def rate(self, state: State, base: float) -> float:
-        """The step size now, from its first value."""
-        tail = max(self.steps // 4, 1)
-        end = decayed(1.0, max(state.step - (self.steps - tail), 0), tail)
-        return float(base * 0.5 ** _trail_count(state)[4] * end)
-
-    def add(self, state: State, values: Tensor, unit: Tensor | float) -> tuple[Tensor | None, bool]:
-        """Count an iterate `[n]` in.
-
-        Returns:
-            The average of the last segment where steps of this size have done what they can, else
-            None; and whether the run has arrived there.
-        """
-        tensors, count = state.tensors, _trail_count(state)
-        inside, block, size, before, halvings = count
-        tensors["trail"][1, block] += _watched(values, tensors["trail"].shape[-1]) / size
-        tensors["trail_sum"][1] += values
-        inside += 1
-        if inside < size or block + 1 < _BLOCKS:
-            block, inside = (block + 1, 0) if inside == size else (block, inside)
-            count[:2] = inside, block
-            return None, False
-        average, arrived = None, False
-        if before and self._settled(tensors, unit):
-            average = tensors["trail_sum"][1] / (_BLOCKS * size)
-            gone = (average - tensors["trail_average"]).abs() / unit
-            arrived = bool(gone.max() <= 2 * self.tolerance)  # each has an error of its own
-            tensors["trail_average"].copy_(average)
-            count[:] = 0, 0, size, 0, halvings + 1
-        else:
-            for name in ("trail", "trail_sum"):
-                tensors[name][0] = tensors[name][1]
-            longer = max(size + 1, round(size * _GROWTH)) if before else size
-            count[:] = 0, 0, longer, size, halvings
-        for name in ("trail", "trail_sum"):
-            tensors[name][1] = 0.0
-        return average, arrived
-
-    def _settled(self, tensors: dict[str, Tensor], unit: Tensor | float) -> bool:
-        """Whether both segments have the same law, and the second's average a small error."""
-        trail = tensors["trail"]  # [2, blocks, watched]
-        within = trail.var(1)
-        between = (trail[0].mean(0) - trail[1].mean(0)).square() / 2
-        ratio = torch.where(between > 0, between / within.mean(0), 0.0)
-        rhat = ((_BLOCKS - 1) / _BLOCKS + ratio).sqrt()
-        scale = _watched(unit, trail.shape[-1]) if isinstance(unit, Tensor) else unit
-        error = (within[1] / _BLOCKS).sqrt() / scale
-        same = (rhat.max() <= _WORST_RHAT) & (rhat.square().mean() <= _MEAN_RHAT**2)
-        return bool(same & (error.max() <= self.tolerance))
-
-
-def _trail_count(state: State) -> list[int]:
-    """Steps in this block, blocks in this segment, steps a block (now, before), halvings."""
-    return state.counts.setdefault("trail", [0, 0, _FIRST_BLOCK, 0, 0])
-
-
-def _watched(values: Tensor, count: int) -> Tensor:
-    """The numbers that are tested: all, or so many evenly spread ones."""
-    if count == len(values):
-        return values
-    return values[torch.linspace(0, len(values) - 1, count, device=values.device).long()]
+def moving(state: State) -> pd.DataFrame:
+    """See `Fit.moving`."""
+    meta, tensors = state.meta, state.tensors
+    values = flat(meta.leaves()) if meta.leaves() else torch.zeros(0)
+    error = moves = torch.full_like(values, torch.nan)
+    if "outer_error" in tensors and not QuasiNewton.has_jumps(state):
+        error = tensors["outer_error"]
+        own = error / tensors["outer_unit"]
+        moves = own * tensors["outer_slope"].abs()  # up to correlations
+    elif "trail" in tensors and len(values) == tensors["trail"].shape[-1]:
+        first, second = tensors["trail_average"], values
+        moves = (second - first).abs()
+    columns = {"value": values, "error": error, "moves": moves}
+    table = pd.DataFrame({k: v.detach().cpu().double().numpy() for k, v in columns.items()})
+    table.insert(0, "quantity", names(meta) if len(values) else [])
+    return table
