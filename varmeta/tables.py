@@ -12,7 +12,7 @@ from rich.console import Group, JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-WIDTH = 140  # the printed table needs that much
+WIDTH = 150  # the printed table needs that much
 _NAME = 18  # that failed rows and scored ones stand below each other
 _HEADINGS = (
     "strategy",
@@ -52,7 +52,7 @@ def rich_table(table: pd.DataFrame, which: str) -> RenderableType:
         body.append(_scores(scored, width))
     if len(failed):
         body.append(_failed(failed, width))
-    if len(scored):
+    if len(scored) and which == list(table["set"].unique())[-1]:  # said once, below the last
         body.append(Text("\n" * (len(failed) > 0) + _CAPTION + _loose(scored), style="dim italic"))
     return Group(*body, "")
 
@@ -120,4 +120,6 @@ def _number(value: float, form: str, error: float | None = None) -> str:
     if np.isnan(value):
         return "–"
     spread = error is not None and not np.isnan(error)
-    return f"{value:{form}}" + (f" ± {error:{form}}" if spread else "")
+    shown = f"{value:{form}}"
+    shown = shown.removeprefix("-") if float(shown) == 0 else shown  # no -0.00
+    return shown + (f" ± {error:{form}}" if spread else "")
