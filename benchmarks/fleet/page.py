@@ -274,7 +274,7 @@ _LEGEND = (
     "standard deviations of NUTS; scales that a strategy states and does not learn have a dash. "
     "*Known tasks*: mean log density of a held-out row, nats; *gain* and *new tasks, gain*: the "
     "difference to no pooling with its paired standard error. *Exact*: the task posteriors are "
-    "those given the learned θ0, scales and shared values."
+    "exact, given the learned θ0, scales and shared values."
 )
 
 
@@ -285,8 +285,8 @@ def _of_case(prepared: Prepared, rows: Sequence[Row]) -> Iterator[str]:
     density, support = problem.density, problem.train.support
     about = (
         f"{case.kind[0].upper()}{case.kind[1:]}; {len(problem.train)} tasks with "
-        f"{int(support.mask.sum())} support rows in all; {density.dim} coordinates adapt, "
-        f"{density.shared_dim} are shared."
+        f"{int(support.mask.sum())} support rows in all; coordinates that adapt: {density.dim}, "
+        f"that are shared: {density.shared_dim}."
     )
     head = (
         "strategy", "converged", "seconds", "θ0", "scales", "shared", "shift", "sd ratio", "k̂",
@@ -300,9 +300,8 @@ def _of_case(prepared: Prepared, rows: Sequence[Row]) -> Iterator[str]:
             f"least {nuts['least_ess']:,}, {nuts['divergent']} divergent."
         )
         gain = _pair(mine[0], "nuts_gain") if mine else "–"
-        total = sum(nuts["known_log_density"]) / int(problem.train.query.mask.sum())
-        blank = ["–"] * 8
-        lines.append(("*NUTS, the reference*", *blank, f"{total:.3f}", gain, "–"))
+        mean = sum(nuts["known_log_density"]) / int(problem.train.query.mask.sum())
+        lines.append(("*NUTS, the reference*", *["–"] * 8, f"{mean:.3f}", gain, "–"))
     for row in mine:
         if not row["finished"]:
             lines.append((row["strategy"], "failed", *["–"] * (len(head) - 2)))

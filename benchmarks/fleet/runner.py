@@ -18,7 +18,16 @@ from torch import Tensor
 
 from benchmarks.fleet.cases import Case
 from benchmarks.fleet.references import load_reference, maximum, rows_digest
-from varmeta import Comparison, GaussianPrior, Strategy, compare
+from varmeta import (
+    Comparison,
+    GaussianPrior,
+    Strategy,
+    compare,
+    # Loaded here and not when first used: a time limit in the midst of that would leave half of
+    # Matplotlib behind, and all later strategies would fail.
+    export,  # noqa: F401
+    report_write,  # noqa: F401
+)
 from varmeta.failures import phrase
 from varmeta.posterior import TaskPosterior
 from varmeta.problems import Problem
