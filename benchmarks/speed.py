@@ -25,6 +25,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.machine import commit, processor
 from benchmarks.peers import PEERS
 from benchmarks.reference import solve
 from benchmarks.worker import MARK, environment
@@ -216,17 +217,10 @@ def describe() -> dict[str, str]:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             found.append(f"no {package}")
-    model = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.split(":", 1)[1].strip()
-            break
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, cwd=RESULTS, capture_output=True, text=True).stdout.strip()
     return {
         "date": datetime.date.today().isoformat(),
-        "machine": f"one core of {model}",
-        "versions": f"Python {platform.python_version()}, commit {commit}, " + ", ".join(found),
+        "machine": f"one core of {processor()}",
+        "versions": f"Python {platform.python_version()}, commit {commit()}, " + ", ".join(found),
     }
 
 

@@ -11,9 +11,9 @@ import pytest
 from scipy.stats import multivariate_normal
 
 from benchmarks.fleet import __main__ as command
+from benchmarks.fleet import references
 from benchmarks.fleet.cases import CASES, LINEAR
-from benchmarks.fleet.page import numbers, worse_than_unpooled
-from benchmarks.fleet.references import load_reference
+from benchmarks.fleet.references import load_reference, maximum
 from benchmarks.fleet.runner import (
     Prepared,
     against_references,
@@ -22,9 +22,12 @@ from benchmarks.fleet.runner import (
     run_one,
     run_several,
 )
+from benchmarks.fleet.verdicts import reasons, worse_than_unpooled
 from varmeta import (
+    AmortisedVariational,
     CompletePooling,
     GaussianPrior,
+    JointVariational,
     NoPooling,
     Strategy,
     compare,
@@ -32,6 +35,9 @@ from varmeta import (
 from varmeta.scores import KNOWN, NEW
 
 EVERY = pytest.mark.parametrize("name", CASES)
+KNOWN_CASES = [name for name in CASES if load_reference(name)]
+REFERENCED = pytest.mark.parametrize("name", KNOWN_CASES)
+AT_MAXIMUM = [name for name in KNOWN_CASES if maximum(load_reference(name))]
 KINDS = (
     "normal",
     "robust",
@@ -63,7 +69,12 @@ def test_a_case_is_a_problem(name: str) -> None:
         assert tasks.query.mask.any()
 
 
-@EVERY
+def test_most_cases_have_their_references() -> None:
+    assert len(KNOWN_CASES) >= 16
+    assert len(AT_MAXIMUM) >= 0.8 * len(KNOWN_CASES)
+
+
+@REFERENCED
 def test_a_reference_is_of_the_rows_of_the_split(name: str) -> None:
     prepared = Prepared(CASES[name])  # compares the digests of the rows
     problem, reference, nuts = prepared.problem, prepared.reference, prepared.reference["nuts"]
@@ -84,13 +95,13 @@ def test_a_reference_is_of_the_rows_of_the_split(name: str) -> None:
     assert (np.array(nuts["theta_sd"]) > 0).all()
 
 
-@EVERY
+@REFERENCED
 def test_a_reference_is_long_enough(name: str) -> None:
     nuts = load_reference(name)["nuts"]
     assert nuts["worst_rhat"] < 1.01 and nuts["least_ess"] >= 400
 
 
-@EVERY
+@pytest.mark.parametrize("name", AT_MAXIMUM)
 def test_nuts_and_maximum_likelihood_agree_on_the_mean(name: str) -> None:
     """Within one posterior sd: the hyperprior is weak, but where tasks are few it does count."""
     reference = load_reference(name)
@@ -99,13 +110,18 @@ def test_nuts_and_maximum_likelihood_agree_on_the_mean(name: str) -> None:
     assert far.max() < 1.0
 
 
-@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("name", [name for name in LINEAR if name in KNOWN_CASES])
 def test_two_ways_to_the_maximum_of_the_likelihood(name: str) -> None:
-    """Quadrature and statsmodels; and the closed form is as high there."""
+    """Quadrature and statsmodels; and the closed form is as high there.
+
+    Where statsmodels stops short of the maximum, it is lower; it is never higher.
+    """
     ours, theirs = load_reference(name)["maximum_likelihood"]
     unit = np.array(load_reference(name)["nuts"]["loc"]["sd"])
-    assert ours["log_likelihood"] == pytest.approx(theirs["log_likelihood"], abs=1e-3)
-    assert (np.abs(np.subtract(ours["loc"], theirs["loc"])) < 0.02 * unit).all()
+    short = ours["log_likelihood"] - theirs["log_likelihood"]
+    assert short > -1e-3
+    if short < 1e-3:
+        assert (np.abs(np.subtract(ours["loc"], theirs["loc"])) < 0.02 * unit).all()
     tasks, total, dim = CASES[name].problem().train.support, 0.0, len(ours["loc"])
     noise = np.exp(ours["shared"][-1])
     for x, y, mask in zip(tasks.inputs, tasks.targets, tasks.mask, strict=True):
@@ -117,7 +133,7 @@ def test_two_ways_to_the_maximum_of_the_likelihood(name: str) -> None:
     assert total == pytest.approx(ours["log_likelihood"], abs=1e-6)
 
 
-@EVERY
+@REFERENCED
 def test_both_languages_read_the_same_model(name: str) -> None:
     """NumPyro's log-likelihood at its posterior means is that of the density."""
     problem, nuts = CASES[name].problem(), load_reference(name)["nuts"]
@@ -189,7 +205,59 @@ def test_the_command_runs_goes_on_and_writes_the_page(
     assert (out / "rail" / "complete-pooling.json").stat().st_mtime_ns == done
     assert "rail, complete-pooling" not in capsys.readouterr().out
     records = command.read_records(out)
-    assert numbers(records)[0]["shift"] == records["rail"]["complete-pooling"]["shift"]
+    assert rows[0]["shift"] == records["rail"]["complete-pooling"]["shift"]
+    assert rows[0]["commit"] == records["rail"]["complete-pooling"]["commit"]
+
+
+def test_a_case_without_a_reference_has_all_that_needs_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(references, "FOLDER", tmp_path / "none")
+    assert Prepared(CASES["warpbreaks"]).reference is None
+    out, page = tmp_path / "out", tmp_path / "fleet.md"
+    options = ["--cases", "warpbreaks", "--strategies", "complete-pooling,no-pooling"]
+    monkeypatch.setattr(sys, "argv", ["fleet", *options, "--out", str(out), "--page", str(page)])
+    command.main()
+    rows = {row["strategy"]: row for row in json.loads(page.with_suffix(".json").read_text())}
+    row = rows["complete-pooling"]
+    assert row["finished"] and row["converged"] and row["seconds"] > 0 and row["gradients"] > 0
+    assert np.isfinite([row["known_elpd"], row["known_gain"], row["known_gain_se"]]).all()
+    assert [row[key] for key in ("shift", "sd_ratio", "loc_nuts", "scale_ml")] == [None] * 4
+    text = page.read_text()
+    assert "No reference has been computed for warpbreaks" in text
+    assert "make fleet-references" in text
+
+
+def test_scales_that_are_stated_are_not_held_against_the_references() -> None:
+    prepared = Prepared(CASES["rail"])
+    far = run_one(prepared, "amortised", AmortisedVariational, limit=60.0)["globals"]
+    assert set(far) == {"loc_nuts", "loc_ml", "shared_nuts", "shared_ml"}
+    far = run_one(prepared, "joint", JointVariational, limit=60.0)["globals"]
+    assert far["scale_ml"] < 0.2
+
+
+def test_reasons_are_what_the_record_has() -> None:
+    row = {
+        "strategy": "imaml",
+        "posterior": "laplace",
+        "undetermined": "slope",
+        "converged": False,
+        "known_pareto_k": 0.8,
+        "known_gain": -0.5,
+        "known_gain_se": 0.1,
+        "nuts_gain": -0.4,
+        "nuts_gain_se": 0.1,
+        "known_to_nuts": -0.1,
+        "known_to_nuts_se": 0.1,
+        "loc_ml": 3.0,
+    }
+    said = reasons(row)
+    for part in ("NUTS is worse too", "slope", "k̂ 0.80", "not converged", "θ0 3.0 sd from ML"):
+        assert any(part in text for text in said), part
+    assert not any("NUTS" in text for text in reasons(row | {"known_to_nuts": -0.3}))
+    fine = {"undetermined": "", "converged": True, "known_pareto_k": 0.2, "loc_ml": 0.1}
+    assert reasons(row | fine | {"nuts_gain": 0.0}) == []
+    assert reasons(row | fine | {"nuts_gain": 0.0, "posterior": "delta"})
 
 
 def test_worse_than_unpooled_is_by_two_standard_errors() -> None:

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.fleet.cases import CASES
-from benchmarks.fleet.page import numbers, write_page
+from benchmarks.fleet.page import write_page
 from benchmarks.fleet.runner import Prepared, Record, run_one, run_several
+from benchmarks.machine import commit
 from varmeta.settings import DEFAULT, STRATEGIES
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -46,9 +47,7 @@ def main() -> None:
             open_ = [name for name in open_ if not records.get(name, {"finished": 0})["finished"]]
         for name in open_:
             _note(folder, run_one(prepared, name, STRATEGIES[name], args.limit))
-    records = read_records(args.out)
-    write_page(records, args.page)
-    args.page.with_suffix(".json").write_text(json.dumps(numbers(records), indent=1) + "\n")
+    write_page(read_records(args.out), args.page)
     print(f"Written: {args.page}")
 
 
@@ -77,7 +76,7 @@ def _is_done(path: Path, again: bool) -> bool:
 
 def _note(folder: Path, record: Record) -> None:
     part = folder / "part.json"
-    part.write_text(json.dumps(record))
+    part.write_text(json.dumps(record | {"commit": commit()}))
     part.replace(folder / f"{record['strategy']}.json")
     how = "finished" if record["finished"] else f"FAILED: {record['reason']}"
     seconds = f"{record['seconds']:.1f} s, " if "seconds" in record else ""

@@ -23,12 +23,22 @@ from benchmarks.fleet.cases import CASES, Case
 from varmeta.tasks import Tasks
 
 FOLDER = Path(__file__).parent / "references"
+_FLAT = 0.01
 
 
-def load_reference(name: str) -> dict[str, Any]:
-    """What is known of a case: see `_reference` for the keys."""
-    found: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text())
-    return found
+def load_reference(name: str) -> dict[str, Any] | None:
+    """What is known of a case: see `_reference` for the keys. None if nothing is as yet."""
+    path = FOLDER / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def maximum(reference: dict[str, Any]) -> dict[str, Any] | None:
+    """The maximum of the marginal likelihood; None if the search for it stopped short of one.
+
+    A gradient, in units of the priors, of more than a hundredth of a nat tells.
+    """
+    best: dict[str, Any] = reference["maximum_likelihood"][0]
+    return best if best["largest_gradient"] < _FLAT else None
 
 
 def rows_digest(tasks: Tasks) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 import signal
 import time
@@ -16,8 +17,17 @@ import torch
 from torch import Tensor
 
 from benchmarks.fleet.cases import Case
-from benchmarks.fleet.references import load_reference, rows_digest
-from varmeta import Comparison, GaussianPrior, Strategy, compare
+from benchmarks.fleet.references import load_reference, maximum, rows_digest
+from varmeta import (
+    Comparison,
+    GaussianPrior,
+    Strategy,
+    compare,
+    # Loaded here and not when first used: a time limit in the midst of that would leave half of
+    # Matplotlib behind, and all later strategies would fail.
+    export,  # noqa: F401
+    report_write,  # noqa: F401
+)
 from varmeta.failures import phrase
 from varmeta.posterior import TaskPosterior
 from varmeta.problems import Problem
@@ -27,11 +37,19 @@ from varmeta.tasks import Tasks
 
 Record = dict[str, Any]
 DRAWS = 1000
-COPIED = ("posterior", "elpd", "elpd_se", "rmse", "coverage", "pareto_k", "gap", "adapt_seconds")
+COPIED = (
+    "posterior", "elpd", "elpd_se", "rmse", "coverage", "pareto_k", "gap", "adapt_seconds",
+    "undetermined",
+)  # fmt: skip
 
 
 class Prepared:
     """A case with its split and its reference, checked to be of the same rows.
+
+    Attributes:
+        case: what was asked for.
+        problem: density and split tasks.
+        reference: None if it has not been computed yet.
 
     Raises:
         ValueError: the reference was computed on other rows.
@@ -39,7 +57,8 @@ class Prepared:
 
     def __init__(self, case: Case) -> None:
         self.case, self.problem, self.reference = case, case.problem(), load_reference(case.name)
-        if self.reference["support_digest"] != rows_digest(self.problem.train.support):
+        digest = rows_digest(self.problem.train.support)
+        if self.reference is not None and self.reference["support_digest"] != digest:
             raise ValueError(
                 f"the reference of {case.name!r} was computed on other support rows than the split "
                 f"has now; run `python -m benchmarks.fleet.references --cases {case.name}`"
@@ -93,7 +112,7 @@ def _failed(case: Case, name: str, reason: str, seconds: float) -> Record:
         "case": case.name,
         "strategy": name,
         "finished": False,
-        "reason": " ".join(reason.split()),
+        "reason": re.sub(r" \(benchmarks/.*\)$", "", " ".join(reason.split())),  # the time limit's
         "seconds": seconds,
     }
 
@@ -101,8 +120,6 @@ def _failed(case: Case, name: str, reason: str, seconds: float) -> Record:
 def _finished(prepared: Prepared, name: str, found: Comparison, said: Sequence[str]) -> Record:
     outcome, problem = found.outcomes[name], prepared.problem
     fit = outcome.fit
-    nuts = prepared.reference["nuts"]
-    mean, sd = (float64(nuts[f"theta_{what}"]) for what in ("mean", "sd"))
     record: Record = {
         "case": prepared.case.name,
         "strategy": name,
@@ -112,11 +129,19 @@ def _finished(prepared: Prepared, name: str, found: Comparison, said: Sequence[s
         "seconds": fit.seconds,
         "gradients": fit.gradients,
         "steps": len(fit.history),
-        "warnings": list(said),
-        "globals": against_references(fit.prior, fit.shared, prepared.reference),
-        "shift": float(((outcome.known.mean - mean).abs() / sd).median()),
-        "sd_ratio": float((outcome.known.sd / sd).median()),
+        "warnings": [text for text in said if _is_of(text, fit.strategy.name, found)],
     }
+    if prepared.reference is not None:
+        nuts = prepared.reference["nuts"]
+        mean, sd = (float64(nuts[f"theta_{what}"]) for what in ("mean", "sd"))
+        far = against_references(fit.prior, fit.shared, prepared.reference)
+        start = GaussianPrior.from_density(problem.density).log_scale
+        now = fit.prior.log_scale
+        if torch.allclose(now, start) or not now.isfinite().all():  # stated, and not learned
+            far = {key: value for key, value in far.items() if not key.startswith("scale")}
+        record["globals"] = far
+        record["shift"] = float(((outcome.known.mean - mean).abs() / sd).median())
+        record["sd_ratio"] = float((outcome.known.sd / sd).median())
     for which, tasks, posterior in _sets(problem, outcome.known, outcome.new):
         of = found.table[(found.table["strategy"] == name) & (found.table["set"] == which)]
         row = of.iloc[0].to_dict()
@@ -149,18 +174,21 @@ def against_references(
     """The largest distance over coordinates, in posterior sds of NUTS: θ0, log scales and φ.
 
     `loc_nuts`, `scale_nuts` and `shared_nuts` are to the posterior means, `loc_ml`, `scale_ml` and
-    `shared_ml` to the maximum of the marginal likelihood; a scale whose maximum is 0 is left out.
+    `shared_ml` to the maximum of the marginal likelihood, if it was found; a scale whose maximum is
+    0 is left out.
     """
-    nuts, (best, *_) = reference["nuts"], reference["maximum_likelihood"]
+    nuts, best = reference["nuts"], maximum(reference)
     mine = {"loc": prior.loc, "log_scale": prior.log_scale, "shared": shared}
-    ml = {"loc": best["loc"], "log_scale": [_log(s) for s in best["scale"]]}
-    ml["shared"] = best["shared"]
+    truths = {"nuts": {key: nuts[key]["mean"] for key in mine if nuts[key]}}
+    if best is not None:
+        truths["ml"] = best | {"log_scale": [_log(scale) for scale in best["scale"]]}
     out = {}
     for key, values in mine.items():
         if values.numel() == 0:
             continue
         unit = float64(nuts[key]["sd"])
-        for label, truth in (("nuts", nuts[key]["mean"]), ("ml", ml[key])):
+        for label, known in truths.items():
+            truth = known[key]
             far = (values.double() - float64(truth)).abs() / unit
             far = far[float64(truth).isfinite()]
             name = f"{key.removeprefix('log_')}_{label}"
@@ -192,8 +220,10 @@ def paired(record: Record, base: Record, which: str) -> tuple[float, float]:
     return float(mean), float((rest.square().sum() * used / (used - 1)).sqrt() / count.sum())
 
 
-def nuts_record(prepared: Prepared) -> Record:
+def nuts_record(prepared: Prepared) -> Record | None:
     """The reference's own held-out density, in the shape of a record."""
+    if prepared.reference is None:
+        return None
     rows = prepared.problem.train.query.num_rows.tolist()
     density = prepared.reference["nuts"]["known_log_density"]
     return {KNOWN: {"rows": rows, "log_density": density}}
@@ -213,5 +243,11 @@ def _time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def _is_of(text: str, name: str, found: Comparison) -> bool:
+    """Whether strategy `name` said this: no other of the comparison begins it with its name."""
+    speakers = {outcome.fit.strategy.name for outcome in found.outcomes.values()}
+    return re.split(r"\W", text, maxsplit=1)[0] not in speakers - {name}
+
+
 def _short(message: object) -> str:
-    return " ".join(str(message).split())[:200]
+    return " ".join(str(message).split())[:400]
