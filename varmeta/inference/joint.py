@@ -267,6 +267,13 @@ class JointVariational(Strategy):
         info = self._descend(density, state, batch, generator, self._rates(state, batch), True)
         if self.resets is None:
             self._look_at_iterates(state, batch)
+            if state.arrived and len(batch.tasks) == batch.total:
+                # The prior stands at an average; the q_i are left where their last noise took them.
+                for step in range(_REST):
+                    rate = decayed(self.learning_rate, step, _REST)
+                    rates = state.tensors["visits"].new_full((len(batch.tasks),), rate)
+                    more = self._descend(density, state, batch, generator, rates, False)
+                    info.gradients += more.gradients
         return info
 
     def adapt(
@@ -301,9 +308,9 @@ class JointVariational(Strategy):
     def _solve_step(self, density: Density, state: State, batch: Batch) -> StepInfo:
         meta = state.meta
         closed = self.prior_update == "closed_form"
-        if closed or not meta.leaves() or self._begins(state):
+        if closed or not meta.leaves() or self._begins(state, batch):
             found, moments = self._evaluate_moments(density, state, batch)
-            if closed or self._begins(state):
+            if closed or self._begins(state, batch):
                 maximise(moments, meta, batch.total, self.learn_loc, self._learns_scale)
             if closed and not meta.leaves() and len(batch.tasks) == batch.total:
                 self._has_slowed(state, found.info.loss * batch.total)
@@ -425,12 +432,13 @@ class JointVariational(Strategy):
         points = cubature(meta.origin.dim, like.dtype, like.device)
         return Rule(points, torch.full_like(points[:, 0], 1 / len(points)))
 
-    def _begins(self, state: State) -> bool:
+    def _begins(self, state: State, batch: Batch) -> bool:
         """Whether a closed form takes this step: from wide priors it goes a long way at once."""
         origin, belief = state.meta.origin, state.meta.origin.hyperprior
         law = "flat" if belief is None else belief.scale_law
         free = origin.factor is None and law in ("flat", "half-normal")
-        return state.step < _BEGIN and free and self.learn_loc and self._learns_scale
+        many = len(batch.tasks) == batch.total or len(batch.tasks) >= _ENOUGH
+        return state.step < _BEGIN and many and free and self.learn_loc and self._learns_scale
 
     def _has_slowed(self, state: State, nats: float) -> None:
         """Whether EM has arrived: what is left to gain if its gains go on falling as they do."""
@@ -598,5 +606,7 @@ _CHOICES = {
     "parametrisation": ("plain", "whitened"),
     "prior_update": ("auto", "quasi-newton", "gradient", "closed_form"),
 }
+_REST = 200  # steps of the q_i alone once θ0 and Σ have arrived by noisy steps
+_ENOUGH = 30  # tasks in a batch from which a closed form may take the first steps
 _BEGIN = 3  # steps in closed form before the quasi-Newton method
 _MOST_ROWS = 4_000_000  # of the likelihood that are evaluated at once
