@@ -47,12 +47,12 @@ def test_what_is_set_is_set_and_nothing_else() -> None:
 
 
 def test_parts_of_parts() -> None:
-    found = one("imaml", "imaml.minimiser.max_iterations=100", "imaml.adjoint.solver.tolerance=0")
+    found = one("imaml", "imaml.minimiser.max_iterations=70", "imaml.adjoint.solver.tolerance=0")
     assert isinstance(found, IMAML)
-    assert found.minimiser.max_iterations == 100  # type: ignore[attr-defined]
+    assert found.minimiser.max_iterations == 70  # type: ignore[attr-defined]
     assert found.adjoint.solver.tolerance == 0  # type: ignore[attr-defined]
     assert described(found).endswith(
-        "minimiser=NewtonCG(max_iterations=100), adjoint=Implicit(solver=CG(tolerance=0)))"
+        "minimiser=NewtonCG(max_iterations=70), adjoint=Implicit(solver=CG(tolerance=0)))"
     )
 
 
@@ -88,7 +88,7 @@ def test_a_file_means_the_same_as_the_shell_and_adds_names(tmp_path: Path) -> No
         q = "full"
         resets = "Reset(5)"
         [imaml.minimiser]
-        max_iterations = 100
+        max_iterations = 70
         [tight]
         strategy = "joint"
         steps = 50
@@ -99,7 +99,7 @@ def test_a_file_means_the_same_as_the_shell_and_adds_names(tmp_path: Path) -> No
     found = choose(["imaml", "joint"], config=config, settings=["tight.q=delta"])
     assert list(found) == ["imaml", "joint", "tight", "[/x]"]
     assert found["joint"] == one("joint", "joint.q=full", "joint.resets=Reset(5)")
-    assert found["imaml"] == one("imaml", "imaml.minimiser.max_iterations=100")
+    assert found["imaml"] == one("imaml", "imaml.minimiser.max_iterations=70")
     assert found["tight"] == JointVariational(steps=50, q="delta")
     names = list(table_names(found))
     assert names == ["imaml", found["joint"].name, "tight", "[/x]"]  # two would be called IMAML

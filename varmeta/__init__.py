@@ -21,7 +21,7 @@ from varmeta.inference.at_ends import (
     ImplicitAtParticles,
     StationaryCovariance,
 )
-from varmeta.inference.base import NonFiniteLoss, NotConverged, Strategy
+from varmeta.inference.base import NonFiniteLoss, NotConverged, Strategy, UndeterminedScale
 from varmeta.inference.basins import Basins, find_basins
 from varmeta.inference.check import GradientCheck, check_gradient
 from varmeta.inference.connectivity import ModePath, mode_path
@@ -127,6 +127,7 @@ __all__ = [
     "TaskPosterior",
     "TaskSource",
     "Tasks",
+    "UndeterminedScale",
     "Unrolled",
     "__version__",
     "check_gradient",

@@ -13,6 +13,7 @@ from types import TracebackType
 
 import torch
 
+from varmeta.inference.base import NonFiniteLoss
 from varmeta.runs import RunFolder
 
 _OURS = str(Path(__file__).parent)
@@ -66,7 +67,7 @@ class Failures:
 
     def note(self, name: str, where: str, error: Exception) -> None:
         """Add a failure; a second one of a strategy is added to the first."""
-        reason = phrase(error)
+        reason = phrase(_without_name(error))
         if where and not reason.startswith("step "):
             reason = f"{where}: {reason}"
         full = f"{name}: {where or 'failed'}\n\n{''.join(traceback.format_exception(error))}"
@@ -87,6 +88,13 @@ class Failures:
     @staticmethod
     def _file(name: str) -> str:
         return f"failures/{RunFolder.file_name(name)}.txt"
+
+
+def _without_name(error: Exception) -> Exception:
+    """What `fit` puts the strategy's name before, which its row has already."""
+    cause = error.__cause__
+    named = isinstance(error, NonFiniteLoss) and isinstance(cause, NonFiniteLoss)
+    return cause if named and not str(error).startswith("step ") else error  # type: ignore[return-value]
 
 
 def phrase(error: BaseException) -> str:

@@ -26,6 +26,10 @@ class NotConverged(RuntimeWarning):
     """A run was ended by its limit of steps before it had arrived; its own test says so."""
 
 
+class UndeterminedScale(RuntimeWarning):
+    """The data hardly tell a learned scale from 0, and posteriors are given its value."""
+
+
 @dataclass(eq=False)
 class Meta:
     """What is learned across tasks: θ0, the scales of Σ, and the shared φ.

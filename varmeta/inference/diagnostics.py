@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from varmeta.inference.base import NotConverged
+from varmeta.inference.base import NotConverged, UndeterminedScale
 from varmeta.inference.determined import HARDLY, Undetermined, undetermined
 from varmeta.models.prior import GaussianPrior
 from varmeta.tasks import Tasks, TaskSource
@@ -158,7 +158,7 @@ def warn_of_collapse(fit: Fit) -> None:
         "are given this value, and their standard deviations there are too small if the truth is "
         "larger. Integrate over the scales (PyroNUTS), give more tasks, or name the site in "
         "shared= if tasks need not differ there" + pruned * raised,
-        RuntimeWarning,
+        UndeterminedScale,
         stacklevel=3,
     )
 
@@ -205,7 +205,7 @@ def _warn_of_small(name: str, start: GaussianPrior, end: GaussianPrior) -> None:
         "costs. Tasks may not differ there (name the site in shared=); or there are too few of "
         "them to tell, where a point estimate of a scale goes to 0 and PyroNUTS does not; or q is "
         "diagonal and prunes what q='full' keeps",
-        RuntimeWarning,
+        UndeterminedScale,
         stacklevel=4,
     )
 

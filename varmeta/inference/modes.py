@@ -8,6 +8,7 @@ from torch import Tensor
 from varmeta.inference.energy import TaskEnergy
 from varmeta.inference.laplace import MAX_DIM
 from varmeta.inference.minimise import Minimiser
+from varmeta.inference.newton import NewtonCG
 from varmeta.inference.pilot import curvature_at_rest
 from varmeta.inference.prox import ProxInfo, prox
 from varmeta.models.density import Density
@@ -24,15 +25,18 @@ def find_modes(
 ) -> tuple[Tensor, ProxInfo]:
     """θ_i* `[T, D]` from θ0, and its diagnostics; nothing is differentiated.
 
-    Where a minimiser with a tolerance has not reached it, as far from a mode of a model that bends
-    (a noise of each task's own), saddle-free Newton steps go down from θ0 and the minimiser goes on
-    from where they come to rest (up to 200 coordinates).
+    Where `NewtonCG` has not reached its tolerance, as far from a mode of a model that bends (a
+    noise of each task's own), saddle-free Newton steps go down from θ0 and it goes on from where
+    they come to rest (up to 200 coordinates).
     """
     with torch.no_grad():
         energy = TaskEnergy(density, tasks, shared, prior)
         start = prior.loc.expand(len(tasks), -1)
         theta, info = prox(energy, start, minimiser=minimiser)
-        if info.converged is None or bool(info.converged.all()) or density.dim > MAX_DIM:
+        if not isinstance(minimiser, NewtonCG) or density.dim > MAX_DIM:
+            return theta, info
+        assert info.converged is not None
+        if bool(info.converged.all()):
             return theta, info
         rest = (~info.converged).nonzero()[:, 0]
         some = TaskEnergy(density, tasks.select(rest.cpu()), shared, prior)
