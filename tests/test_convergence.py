@@ -473,3 +473,17 @@ def test_more_than_the_stated_share_stops_the_run(bad: float, skip: float) -> No
     density, source = stream(bad)
     with pytest.raises(NonFiniteLoss, match="tasks are not finite; skip allows"):
         fit(IMAML(steps=40, skip=skip), density, source)
+
+
+def test_beyond_a_jump_a_step_that_is_not_finite_is_taken_back() -> None:
+    """The stairs again, with a cliff beside them where nothing is finite."""
+
+    def stairs(v: Tensor) -> Tensor:
+        away = v.norm()
+        cliff = torch.where(v[1] < 0.05, torch.nan, 0.0)
+        return 30 * (away + 0.4 * torch.remainder(away, 0.37)) + cliff
+
+    state = quasi(stairs, tensor([3.0, 2.0]), steps=300)
+    assert QuasiNewton.has_jumps(state)
+    assert float(state.meta.raw["loc"].detach().norm()) < 2.0
+    assert math.isfinite(float(state.tensors["outer_loss"]))

@@ -55,6 +55,13 @@ class IterateTest:
         end = decayed(1.0, max(state.step - (self.steps - tail), 0), tail)
         return float(base * 0.5 ** _trail_count(state)[4] * end)
 
+    def shorten(self, state: State) -> None:
+        """Halve the step size and begin a new stretch: the last one led where nothing is finite."""
+        count = _trail_count(state)
+        count[:] = 0, 0, count[2], 0, count[4] + 1
+        for name in ("trail", "trail_sum"):
+            state.tensors[name].zero_()
+
     def add(self, state: State, values: Tensor, unit: Tensor | float) -> tuple[Tensor | None, bool]:
         """Count an iterate `[n]` in.
 

@@ -152,13 +152,23 @@ class _Descent:
             self.judge(stuck, rounding)
         return self.report()
 
+    def go_on_by_first_order(self) -> None:
+        """From here, which is the best point so far."""
+        _outer_count(self.state)[0] = 1
+        self.tensors["outer_best"].copy_(self.tensors["outer"].detach())
+        self.tensors["outer_least"].copy_(self.tensors["outer_loss"])
+
     def first_order(self) -> StepInfo:
         """A step of Adam, in standard errors."""
         tensors, rule = self.tensors, self.rule
         u, test = tensors["outer"], rule.iterate_test
         optimiser, slope = self.state.optimisers["first"], tensors["outer_slope"].clone()
         update(optimiser, [u], [slope], test.rate(self.state, _FIRST))
-        self.choose()
+        try:
+            self.choose()
+        except NonFiniteLoss:  # too far: back to the best point, and on by shorter steps
+            self.move(tensors["outer_best"])
+            test.shorten(self.state)
         if float(tensors["outer_loss"]) < float(tensors["outer_least"]):
             tensors["outer_least"].copy_(tensors["outer_loss"])
             tensors["outer_best"].copy_(u.detach())
@@ -263,7 +273,7 @@ class _Descent:
             self.choose()
             count[2] += 1
             if count[2] >= 2:
-                count[0] = 1
+                self.go_on_by_first_order()
             else:
                 self.restart()
 
@@ -273,7 +283,7 @@ class _Descent:
         if float(slope.abs().max()) ** 2 <= max(2 * self.nats, rounding):
             self.state.arrived = "the objective changes by rounding alone"
         else:
-            _outer_count(self.state)[0] = 1
+            self.go_on_by_first_order()
 
     def curvature(self, here: Tensor, slope: Tensor) -> Tensor:
         """Second derivatives of T · loss in u, by differences of gradients, `[n, n]`."""
