@@ -182,7 +182,8 @@ def test_what_fails_is_a_record() -> None:
     record = run_one(prepared, "broken", broken, limit=60.0)
     assert not record["finished"]
     assert "task 'AL' has a loss of nan" in record["reason"]
-    late = run_one(prepared, "late", lambda: NoPooling(steps=10**6), limit=0.3)
+    long = NoPooling(q="diagonal", steps=10**6)  # steps of Adam, and no end before the last
+    late = run_one(prepared, "late", lambda: long, limit=0.5)
     assert not late["finished"] and "stopped after" in late["reason"]
 
 
