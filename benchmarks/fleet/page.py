@@ -41,9 +41,14 @@ _PAIRS = (("loc_nuts", "loc_ml"), ("scale_nuts", "scale_ml"), ("shared_nuts", "s
 
 
 def write_page(records: Records, path: Path) -> None:
-    """Markdown, printed too, and its numbers beside it as JSON."""
-    prepared = {case: Prepared(CASES[case]) for case in records}
-    rows = numbers(records, prepared)
+    """Markdown, printed too, and its numbers beside it as JSON.
+
+    Runs whose numbers lie there already and that were not made again keep them, and their commit.
+    """
+    earlier = _earlier(records, path.with_suffix(".json"))
+    cases = [case for case in CASES if case in {*records, *(row["case"] for row in earlier)}]
+    prepared = {case: Prepared(CASES[case]) for case in cases}
+    rows = numbers(records, prepared) + earlier
     ran = [row for row in rows if row["strategy"] != ALL]
     text = "\n\n".join(
         [
@@ -65,13 +70,19 @@ def write_page(records: Records, path: Path) -> None:
             *_beside_nuts(ran),
             "## Case by case",
             _LEGEND,
-            *(part for case in records for part in _of_case(prepared[case], rows)),
+            *(part for case in cases for part in _of_case(prepared[case], rows)),
         ]
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n")
     path.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
     print(text)
+
+
+def _earlier(records: Records, path: Path) -> list[Row]:
+    """The rows of an earlier page of which `records` have no run."""
+    rows: list[Row] = json.loads(path.read_text()) if path.exists() else []
+    return [row for row in rows if row["strategy"] not in records.get(row["case"], {})]
 
 
 # -- the top ---------------------------------------------------------------------------------------
