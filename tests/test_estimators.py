@@ -70,12 +70,13 @@ UNBIASED = {"pathwise": Pathwise(), **BY_NOISE}
     ],
     ids=["short and clipped", "long and cold", "cooling"],
 )
-@pytest.mark.parametrize("loc", [-0.6, 0.02, 0.8])
-@pytest.mark.parametrize("model", [wells, waves])
+@pytest.mark.parametrize(
+    ("model", "loc"), [(wells, -0.6), (wells, 0.02), (wells, 0.8), (waves, 0.02)]
+)
 def test_unbiased_among_several_wells(
     model: Callable[..., Tensor], loc: float, algorithm: RandomDescent
 ) -> None:
-    """Both mechanisms at once, also next to the ridge (θ0 = 0.02): 5·10⁴ particles each.
+    """Both mechanisms at once, also next to the ridge (θ0 = 0.02): 25,000 particles each.
 
     Of the short runs' steps the bound stops between a quarter and all.
     """
@@ -89,12 +90,12 @@ def test_unbiased_among_several_wells(
             tasks,
             algorithm=algorithm,
             estimator=estimator,
-            particles=50_000,
+            particles=25_000,
             seed=1,
         )
         z = z_scores(got, torch.from_numpy(truth))
         assert (z.abs() < ERRORS).all(), (name, z)
-        assert (flat(got.standard_error) < 0.2).all(), name  # sharp enough to fail
+        assert (flat(got.standard_error) < 0.3).all(), name  # sharp enough to fail
 
 
 def test_pathwise_is_unbiased_while_it_contracts_and_lost_beyond() -> None:
@@ -144,12 +145,12 @@ def test_unbiased_on_a_quadratic(algorithm: str, estimator: str, rank: int) -> N
         tasks,
         algorithm=chosen,
         estimator=known[estimator],
-        particles=20_000,
+        particles=10_000,
         seed=3,
     )
     z = z_scores(got, truth)
     assert (z.abs() < ERRORS).all(), z
-    assert (flat(got.standard_error) < 1).all()
+    assert (flat(got.standard_error) < 1.5).all()
 
 
 def test_gradient_descent_is_differentiated_exactly() -> None:
