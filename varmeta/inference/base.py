@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -163,6 +164,21 @@ class State:
         self.step, self.arrived = saved["step"], saved["arrived"]
         self.counts = deepcopy(saved["counts"])
 
+    @contextmanager
+    def unless_it_fails(self) -> Iterator[None]:
+        """Undo what is done inside if it raises anything, at the price of a copy of the state.
+
+        For a step that has to change something before it evaluates the model for the last time.
+        """
+        before = self.state_dict()
+        tensors, optimisers = dict(self.tensors), dict(self.optimisers)
+        try:
+            yield
+        except BaseException:
+            self.tensors, self.optimisers = tensors, optimisers
+            self.load_state_dict(before)
+            raise
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -272,7 +288,12 @@ class Strategy(ABC):
     def step(
         self, density: Density, state: State, batch: Batch, generator: torch.Generator
     ) -> StepInfo:
-        """One step on one batch of tasks, changing `state` in place."""
+        """One step on one batch of tasks, changing `state` in place.
+
+        A step that fails leaves the state as it was before it, so that the run can go on from
+        there: evaluate the model first, and change the state afterwards (or see
+        `State.unless_it_fails`).
+        """
 
     @abstractmethod
     def adapt(

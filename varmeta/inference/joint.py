@@ -16,6 +16,7 @@ worst conditioned q_i.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -259,21 +260,18 @@ class JointVariational(Strategy):
         """One step on the prior and on the batch's q_i."""
         if self.q_update == "solve":
             return self._solve_step(density, state, batch)
-        if self.resets and state.step in self.resets.times(self.steps):
-            which = self.resets.which(self.resets.times(self.steps).index(state.step))
-            reset(state.tensors, which, self._start(state.meta), self.resets.amount)
-            if self.prior_update == "closed_form":
-                self._count_again(state)
-        info = self._descend(density, state, batch, generator, self._rates(state, batch), True)
-        if self.resets is None:
-            self._look_at_iterates(state, batch)
-            if state.arrived and len(batch.tasks) == batch.total:
-                # The prior stands at an average; the q_i are left where their last noise took them.
-                for step in range(_REST):
-                    rate = decayed(self.learning_rate, step, _REST)
-                    rates = state.tensors["visits"].new_full((len(batch.tasks),), rate)
-                    more = self._descend(density, state, batch, generator, rates, False)
-                    info.gradients += more.gradients
+        times = self.resets.times(self.steps) if self.resets else ()
+        whole = len(batch.tasks) == batch.total
+        ends = self.resets is None and whole and self._test.judges_next(state)
+        # Elsewhere the model has been evaluated for the last time when the state is changed.
+        with state.unless_it_fails() if ends or state.step in times else nullcontext():
+            if self.resets and state.step in times:
+                self._reset(state, self.resets, times.index(state.step))
+            info = self._descend(density, state, batch, generator, self._rates(state, batch), True)
+            if self.resets is None:
+                self._look_at_iterates(state, batch)
+                if state.arrived and whole:
+                    info.gradients += self._come_to_rest(density, state, batch, generator)
         return info
 
     def adapt(
@@ -547,6 +545,25 @@ class JointVariational(Strategy):
             maximise(table, meta, batch.total, self.learn_loc, self._learns_scale)
         count = len(batch.tasks) * (1 if points is None else len(points))
         return StepInfo(float(total.detach()), count, {"grad_norm": own.norm(dim=-1)})
+
+    def _reset(self, state: State, resets: Reset, number: int) -> None:
+        reset(state.tensors, resets.which(number), self._start(state.meta), resets.amount)
+        if self.prior_update == "closed_form":
+            self._count_again(state)
+
+    def _come_to_rest(
+        self, density: Density, state: State, batch: Batch, generator: torch.Generator
+    ) -> int:
+        """Steps of the q_i alone: the prior is at an average, they where their last noise led.
+
+        Returned are the gradients that this took.
+        """
+        spent = 0
+        for step in range(_REST):
+            rate = decayed(self.learning_rate, step, _REST)
+            rates = state.tensors["visits"].new_full((len(batch.tasks),), rate)
+            spent += self._descend(density, state, batch, generator, rates, False).gradients
+        return spent
 
     def _rates(self, state: State, batch: Batch) -> Tensor:
         """The learning rate of each task's q_i, `[B]`: its cosine begins again at its resets."""

@@ -267,7 +267,7 @@ class MetaGradient(Strategy):
             return self.evaluate(density, state, part, generator.set_state(seed))
 
         count = len(batch.tasks)
-        skipped = state.counts.setdefault("skipped", [0, 0])
+        skipped = state.counts.get("skipped", [0, 0])
         try:
             found, bad = evaluate(list(range(count))), list[int]()
         except NonFiniteLoss as error:
@@ -281,7 +281,7 @@ class MetaGradient(Strategy):
                 ) from error
             found = evaluate([i for i in range(count) if i not in bad])
             state.cache.setdefault("skipped", []).extend(batch.tasks.names[i] for i in bad)
-        skipped[:] = skipped[0] + len(bad), skipped[1] + count
+        state.counts["skipped"] = [skipped[0] + len(bad), skipped[1] + count]
         return found
 
     def rows_inside(self, tasks: Tasks) -> Tasks:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, ClassVar
@@ -176,21 +176,23 @@ class PyroSVI(Strategy):
     ) -> StepInfo:
         """One gradient step on the guide; the last one writes θ0, scales and φ down in `meta`."""
         batch.require_all("PyroSVI")
-        rate = self._test.rate(state, self.learning_rate)
-        loss = self._descend(density, state, batch.tasks, generator, rate)
-        leaves = _guide(state)
-        average, arrived = self._test.add(state, flat(leaves), _UNIT)
-        if average is not None:
-            with torch.no_grad():
-                for leaf, part in zip(
-                    leaves, average.split([t.numel() for t in leaves]), strict=True
-                ):
-                    leaf.copy_(part.reshape(leaf.shape))
-        if arrived:
-            state.arrived = "the average of the guide's parameters stays where it is"
-        if arrived or state.step + 1 == self.num_steps:
-            for name, value in self._means(state, generator).raw.items():
-                state.meta.raw[name].detach().copy_(value)
+        last = state.step + 1 == self.num_steps
+        # Elsewhere the guide has been run for the last time when the state is changed.
+        with state.unless_it_fails() if last or self._test.judges_next(state) else nullcontext():
+            rate = self._test.rate(state, self.learning_rate)
+            loss = self._descend(density, state, batch.tasks, generator, rate)
+            leaves = _guide(state)
+            average, arrived = self._test.add(state, flat(leaves), _UNIT)
+            if average is not None:
+                parts = average.split([t.numel() for t in leaves])
+                with torch.no_grad():
+                    for leaf, part in zip(leaves, parts, strict=True):
+                        leaf.copy_(part.reshape(leaf.shape))
+            if arrived:
+                state.arrived = "the average of the guide's parameters stays where it is"
+            if arrived or last:
+                for name, value in self._means(state, generator).raw.items():
+                    state.meta.raw[name].detach().copy_(value)
         return StepInfo(loss, self.samples * len(batch.tasks))
 
     def adapt(
