@@ -144,7 +144,8 @@ class Run:
         made.fails_from, made.quietly = made.count + number, quietly
         try:
             self.attempt()
-        except NonFiniteLoss if quietly else Broken:
+        except (NonFiniteLoss, Broken) as error:
+            assert isinstance(error, NonFiniteLoss) == quietly
             assert_same(state.state_dict(), before)
             return True
         else:  # a line search did without the point, or the step made fewer evaluations
@@ -198,7 +199,7 @@ def test_a_run_that_failed_goes_on_as_if_it_had_not(
         if step == 3:
             evaluations.fails_from, evaluations.quietly = evaluations.count + 1, True
 
-    with pytest.raises(NonFiniteLoss, match="step 3: .*(nan|not)"):
+    with pytest.raises(NonFiniteLoss, match=r"step 3: .*(nan|not)"):
         fit(strategy, DENSITY, TASKS, checkpoint=path, on_step=spoil)
     evaluations.fails_from = None
     assert torch.load(path, weights_only=True)["state"]["step"] == 3

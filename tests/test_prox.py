@@ -15,7 +15,7 @@ from varmeta.inference.energy import Energy, TaskEnergy
 from varmeta.inference.linear import CG
 from varmeta.inference.minimise import GradientDescent
 from varmeta.inference.newton import NewtonCG
-from varmeta.inference.prox import Implicit, ProxInfo, prox
+from varmeta.inference.prox import Implicit, OneStep, ProxInfo, prox
 
 SHAPES = [(0, 6, 3), (1, 6, 3), (2, 9, 4), (3, 5, 1), (4, 1, 1)]  # seed, tasks, dim
 
@@ -247,3 +247,18 @@ def test_single_precision() -> None:
     assert theta.dtype == torch.float32
     (slope,) = torch.autograd.grad(theta.sum(), anchor)
     assert abs(float(slope) - 1 / 3) < 1e-6
+
+
+# -- what it costs --------------------------------------------------------------------------------
+
+
+def test_one_steps_way_back_is_counted() -> None:
+    """A product with second derivatives, which counts as two gradients."""
+    case = case_of(LinearGaussian.random(0))
+    prior, shared, leaves = leaves_of(case)
+    energy = TaskEnergy(case.density, case.tasks.support, shared, prior)
+    start = prior.loc.detach().expand(len(case.tasks), -1)
+    theta, info = prox(energy, start, adjoint=OneStep(0.1))
+    before = info.gradients
+    torch.autograd.grad(theta.sum(), leaves[0])
+    assert info.gradients == before + 2

@@ -547,7 +547,9 @@ class JointVariational(Strategy):
         return StepInfo(float(total.detach()), count, {"grad_norm": own.norm(dim=-1)})
 
     def _reset(self, state: State, resets: Reset, number: int) -> None:
-        reset(state.tensors, resets.which(number), self._start(state.meta), resets.amount)
+        rows = state.tensors["rows"]
+        which = resets.which(number, len(rows)).to(rows.device)
+        reset(state.tensors, which, self._start(state.meta), resets.amount)
         if self.prior_update == "closed_form":
             self._count_again(state)
 
@@ -570,10 +572,8 @@ class JointVariational(Strategy):
         rows, step = state.tensors["rows"], state.step
         if self.resets is None:
             return rows.new_full((len(batch.index),), self._rate(state))
-        turns = range(self.resets.turns)
-        phases = [self.resets.phase(step, self.steps, task) for task in turns]
-        each = rows.new_tensor([decayed(self.learning_rate, phase, 1) for phase in phases])
-        return each[batch.index.to(rows.device) % len(turns)]
+        phases = self.resets.phases(step, self.steps, len(rows))[batch.index.cpu()]
+        return (0.5 * self.learning_rate * (1 + torch.cos(math.pi * phases))).to(rows)
 
     def _rate(self, state: State) -> float:
         """The prior's learning rate now."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -77,7 +77,8 @@ class CompletePooling(Strategy):
         generator: torch.Generator,
     ) -> State:
         """Nothing learned yet."""
-        meta = Meta.start(density, prior, learn_scale=False)
+        # Bounds are for scales that are learned; here Σ = 0, whatever they are.
+        meta = Meta.start(density, replace(prior, bounds=None), learn_scale=False)
         total = density.dim + density.shared_dim
         empty = torch.zeros(self.draws, total, dtype=prior.loc.dtype, device=prior.loc.device)
         return State(meta, tensors={"draws": empty})

@@ -169,8 +169,15 @@ class OneStep:
     def solve(self, energy: Energy, start: Tensor, minimiser: Minimiser) -> tuple[Tensor, ProxInfo]:
         """See `Adjoint.solve`."""
         minimum = minimiser.minimise(energy, start)
-        grad = minimum.at.grad
-        return minimum.theta - self.step_size * (grad - grad.detach()), ProxInfo.of(minimum)
+        grad, info = minimum.at.grad, ProxInfo.of(minimum)
+        step = self.step_size * (grad - grad.detach())
+
+        def spend(_: Tensor) -> None:
+            info.gradients += 2  # the pullback, a product with second derivatives
+
+        if step.requires_grad:
+            step.register_hook(spend)
+        return minimum.theta - step, info
 
 
 @dataclass(frozen=True)
