@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from varmeta.checked import Checked
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import TaskPosterior
@@ -229,7 +230,7 @@ class StepInfo:
     worst: dict[str, float] = field(default_factory=dict)
 
 
-class Strategy(ABC):
+class Strategy(Checked, ABC):
     """A way to learn the prior from training tasks and to adapt to a task never seen.
 
     A strategy is a frozen dataclass whose fields are its configuration; `fit` is the only loop.

@@ -18,11 +18,12 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
+from varmeta.checked import Count, Positive, Within
 from varmeta.inference.base import (
     Batch,
     Meta,
@@ -102,41 +103,30 @@ class JointVariational(Strategy):
     keeps_posteriors: ClassVar[bool] = True
 
     q: Kind | Literal["auto"] = "auto"
-    rank: int = 2
-    steps: int = 1000
-    tolerance: float | None = None
+    rank: Count = 2
+    steps: Count = 1000
+    tolerance: Positive | None = None
     q_update: Literal["auto", "solve", "gradient"] = "auto"
-    learning_rate: float = 0.05
+    learning_rate: Positive = 0.05
     expectation: Literal["auto", "quadrature", "draws", "cubature"] = "auto"
-    samples: int = 8
-    batch_rows: int | None = None
+    samples: Annotated[int, Within(2)] = 8
+    batch_rows: Count | None = None
     parametrisation: Literal["plain", "whitened"] = "plain"
     shift: bool = False
     prior_update: Literal["auto", "quasi-newton", "gradient", "closed_form"] = "auto"
     learn_loc: bool = True
     learn_scale: bool | None = None
     resets: Reset | None = None
-    adapt_steps: int = 500
+    adapt_steps: Count = 500
 
     def __post_init__(self) -> None:
-        for field, allowed in _CHOICES.items():
-            if getattr(self, field) not in allowed:
-                known = ", ".join(map(repr, allowed))
-                raise ValueError(f"{field} must be one of {known}, got {getattr(self, field)!r}")
+        super().__post_init__()
         if self.q == "delta" and self.learn_scale:
             raise ValueError(no_scales_with_points("q='diagonal'"))
-        if self.samples < 2 or self.samples % 2:
+        if self.samples % 2:
             raise ValueError(
                 f"samples must be an even number (antithetic pairs), got {self.samples}"
             )
-        for field in ("rank", "batch_rows"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise ValueError(f"{field} must be at least 1, got {value}")
-        for field in ("steps", "tolerance", "learning_rate"):
-            value = getattr(self, field)
-            if value is not None and not value > 0:
-                raise ValueError(f"{field} must be positive, got {value}")
         moving = self.shift or self.parametrisation == "whitened"
         if moving and self.prior_update == "closed_form":
             raise ValueError(
@@ -616,13 +606,6 @@ def _moments(meta: Meta, q: GaussianQ) -> dict[str, Tensor]:
     return sums
 
 
-_CHOICES = {
-    "q": ("auto", "delta", "diagonal", "low_rank", "full"),
-    "q_update": ("auto", "solve", "gradient"),
-    "expectation": ("auto", "quadrature", "draws", "cubature"),
-    "parametrisation": ("plain", "whitened"),
-    "prior_update": ("auto", "quasi-newton", "gradient", "closed_form"),
-}
 _REST = 200  # steps of the q_i alone once θ0 and Σ have arrived by noisy steps
 _ENOUGH = 30  # tasks in a batch from which a closed form may take the first steps
 _BEGIN = 3  # steps in closed form before the quasi-Newton method

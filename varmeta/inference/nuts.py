@@ -11,13 +11,14 @@ from __future__ import annotations
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pyro import poutine
 from pyro.ops.stats import split_gelman_rubin
 from torch import Tensor
 
+from varmeta.checked import Count, Within
 from varmeta.inference.base import Batch, Meta, State, StepInfo, Strategy, check_finite
 from varmeta.inference.fit import fit
 from varmeta.inference.joint import JointVariational
@@ -55,11 +56,11 @@ class PyroNUTS(Strategy):
         proposals: per hyperparameter draw and new task.
     """
 
-    draws: int = 300
-    warmup: int = 100
-    chains: int = 2
-    target_accept: float = 0.8
-    proposals: int = 10
+    draws: Count = 300
+    warmup: Annotated[int, Within(0)] = 100
+    chains: Count = 2
+    target_accept: Annotated[float, Within(0, 1, above=True, below=True)] = 0.8
+    proposals: Count = 10
 
     @property
     def num_steps(self) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from varmeta.checked import Count
 from varmeta.inference.base import Batch, Meta, State, StepInfo, Strategy, check_finite
 from varmeta.inference.joint import JointVariational
 from varmeta.inference.laplace import laplace_scale
@@ -48,7 +49,7 @@ class CompletePooling(Strategy):
     """
 
     minimiser: Minimiser = field(default_factory=NewtonCG)
-    draws: int = 1000
+    draws: Count = 1000
 
     @property
     def num_steps(self) -> int:

@@ -19,12 +19,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from varmeta.inference.approximate import NeedsPrior, bound
+from varmeta.checked import Checked, Count, Positive
+from varmeta.inference.approximate import bound
 from varmeta.inference.energy import Energy, as_energy
-from varmeta.inference.linear import CG, Cholesky, LinearSolver, MatVec
+from varmeta.inference.linear import CG, Cholesky, LinearSolver, MatVec, NeedsPrior
 from varmeta.inference.minimise import FirstOrder, Minimiser, Minimum, led_away
 from varmeta.inference.minres import MINRES
-from varmeta.inference.newton import Curvature, NewtonCG, check_curvature
+from varmeta.inference.newton import Curvature, NewtonCG
 from varmeta.models.programs import Linearised
 
 
@@ -103,7 +104,7 @@ class Adjoint(Protocol):
 
 
 @dataclass(frozen=True)
-class Implicit:
+class Implicit(Checked):
     """The implicit function theorem, one batched linear solve in the backward pass.
 
     Attributes:
@@ -118,9 +119,6 @@ class Implicit:
 
     solver: LinearSolver | NeedsPrior = field(default_factory=CG)
     curvature: Curvature = "hessian"
-
-    def __post_init__(self) -> None:
-        check_curvature(self.curvature)
 
     def solve(self, energy: Energy, start: Tensor, minimiser: Minimiser) -> tuple[Tensor, ProxInfo]:
         """See `Adjoint.solve`."""
@@ -149,7 +147,7 @@ class Implicit:
 
 
 @dataclass(frozen=True)
-class OneStep:
+class OneStep(Checked):
     """One gradient step from θ*, differentiated: (∇²E)⁻¹ is taken to be step_size · I.
 
     (Bolte, Pauwels & Vaiter, 2023, One-step differentiation of iterative algorithms.) Costs one
@@ -160,11 +158,7 @@ class OneStep:
         step_size: units of θ² per nat; the best is 2 over the sum of ∇²E's extreme eigenvalues.
     """
 
-    step_size: float
-
-    def __post_init__(self) -> None:
-        if not self.step_size > 0:
-            raise ValueError(f"step_size must be positive, got {self.step_size}")
+    step_size: Positive
 
     def solve(self, energy: Energy, start: Tensor, minimiser: Minimiser) -> tuple[Tensor, ProxInfo]:
         """See `Adjoint.solve`."""
@@ -181,7 +175,7 @@ class OneStep:
 
 
 @dataclass(frozen=True)
-class Unrolled:
+class Unrolled(Checked):
     """Differentiate the minimiser's own steps, through `start` as well: MAML's derivative.
 
     Exact for the algorithm as run, converged or not. Memory grows with the number of steps: for a
@@ -195,12 +189,8 @@ class Unrolled:
             identity (FOMAML) and nothing is kept.
     """
 
-    checkpoint: int | None = None
+    checkpoint: Count | None = None
     first_order: bool = False
-
-    def __post_init__(self) -> None:
-        if self.checkpoint is not None and self.checkpoint < 1:
-            raise ValueError(f"checkpoint must be at least 1, got {self.checkpoint}")
 
     def solve(self, energy: Energy, start: Tensor, minimiser: Minimiser) -> tuple[Tensor, ProxInfo]:
         """See `Adjoint.solve`.
@@ -241,7 +231,7 @@ class Unrolled:
 
 
 @dataclass(frozen=True)
-class Detached:
+class Detached(Checked):
     """No derivative at all: for Reptile, and for losses whose derivative is known otherwise."""
 
     def solve(self, energy: Energy, start: Tensor, minimiser: Minimiser) -> tuple[Tensor, ProxInfo]:

@@ -5,15 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from typing import Annotated
 
 import torch
 from torch import Tensor
+
+from varmeta.checked import Checked, Count, Within
 
 _FINEST = 10**6  # denominators of a fraction, so that resets are counted without rounding
 
 
 @dataclass(frozen=True)
-class Reset:
+class Reset(Checked):
     """Put q_i back to N(θ0, Σ), optimiser state included, so that they stay reachable from θ0.
 
     From one of its resets to the next a q_i's learning rate falls to 0 on a cosine: every cycle is
@@ -41,20 +44,11 @@ class Reset:
         (10, 30, 70)
     """
 
-    every: int
-    fraction: float = 1.0
-    amount: float = 1.0
-    growth: float = 1.0
-    until: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"every must be at least 1 step, got {self.every}")
-        for name in ("fraction", "amount"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in (0, 1], got {getattr(self, name)}")
-        if self.growth < 1:
-            raise ValueError(f"growth must be at least 1, got {self.growth}")
+    every: Count
+    fraction: Annotated[float, Within(0, 1, above=True)] = 1.0
+    amount: Annotated[float, Within(0, 1, above=True)] = 1.0
+    growth: Annotated[float, Within(1)] = 1.0
+    until: Annotated[int, Within(0)] | None = None
 
     def times(self, steps: int) -> tuple[int, ...]:
         """Before which steps there is a reset, in a run of so many."""

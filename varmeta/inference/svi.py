@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import pyro
 import torch
@@ -26,6 +26,7 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_feasible
 from pyro.params.param_store import ParamStoreDict
 from torch import Tensor
 
+from varmeta.checked import Count, Positive, Within
 from varmeta.inference.base import (
     Batch,
     Meta,
@@ -101,12 +102,12 @@ class PyroSVI(Strategy):
     guide: Guide = AutoNormal
     point_globals: bool = False
     centred: bool = False
-    steps: int = 2000
-    tolerance: float = NOISY
-    learning_rate: float = 0.03
-    samples: int = 1
-    adapt_steps: int = 500
-    draws: int = 500
+    steps: Count = 2000
+    tolerance: Positive = NOISY
+    learning_rate: Positive = 0.03
+    samples: Count = 1
+    adapt_steps: Count = 500
+    draws: Annotated[int, Within(2)] = 500
     vectorise: bool | None = None
 
     def __post_init__(self) -> None:
@@ -115,12 +116,7 @@ class PyroSVI(Strategy):
                 "guide must be an autoguide's class or a function from a model to a guide, got "
                 f"{self.guide!r}"
             )
-        for name in ("steps", "tolerance", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name, least in (("samples", 1), ("draws", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        super().__post_init__()
 
     def __repr__(self) -> str:
         """Without addresses: checkpoints know their strategy by it, in another process too."""
