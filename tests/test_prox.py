@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
@@ -262,3 +263,29 @@ def test_one_steps_way_back_is_counted() -> None:
     before = info.gradients
     torch.autograd.grad(theta.sum(), leaves[0])
     assert info.gradients == before + 2
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        (
+            torch.zeros(3),
+            r"start must be a floating .* \[T, D\].*float32 of shape \[3\]",
+        ),
+        (torch.zeros(2, 3, 1), r"of shape \[2, 3, 1\]"),
+        (torch.zeros(2, 3, dtype=torch.long), "torch.int64 of shape"),
+        (1.0, "got 1.0"),
+    ],
+)
+def test_a_start_of_another_shape_is_refused(start: Tensor, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        prox(lambda theta: theta.square().sum(-1), start)
+
+
+@pytest.mark.parametrize("energy", [lambda t: t.square(), lambda t: t.square().sum()])
+def test_an_energy_of_another_shape_is_refused(energy: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"energy must return \[T\] = \[2\] nats.*got \["):
+        prox(energy, torch.ones(2, 3))

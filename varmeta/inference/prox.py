@@ -272,6 +272,9 @@ def prox(
     Returns:
         θ* `[T, D]` and a `ProxInfo`, whose residual is filled in when backward has run.
 
+    Raises:
+        ValueError: a start, or a value of the energy, of another shape.
+
     Example:
         >>> import torch
         >>> anchor = torch.tensor([[3.0]], dtype=torch.float64, requires_grad=True)
@@ -281,6 +284,12 @@ def prox(
         >>> theta.item(), torch.autograd.grad(theta.sum(), anchor)[0].item()  # 1/(1+2)
         (1.0, 0.3333333333333333)
     """
+    if not isinstance(start, Tensor) or start.dim() != 2 or not start.is_floating_point():
+        got = f"{start.dtype} of shape {list(start.shape)}" if isinstance(start, Tensor) else start
+        raise ValueError(
+            f"start must be a floating tensor [T, D], a row for each task, got {got!r}; one task "
+            "alone is start[None]"
+        )
     energy, minimiser = as_energy(energy), minimiser or NewtonCG()
     if not torch.is_grad_enabled():
         adjoint = Detached()

@@ -42,6 +42,7 @@ from varmeta.inference.base import (
 from varmeta.inference.iterate_test import IterateTest
 from varmeta.inference.learned import NOISY, flat
 from varmeta.inference.svi_model import global_sites, model_in_units
+from varmeta.models.blame import is_own
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.models.sites import pyro_untouched, reason, validation_off
@@ -273,6 +274,8 @@ class PyroSVI(Strategy):
         try:
             found = _sites(_particles(guide, 2))
         except (RuntimeError, ValueError) as error:
+            if is_own(error):
+                raise
             problem = f"fails: {reason(error)}"
         else:
             problem = f"has the sites {found}, the model {wanted}"
