@@ -75,8 +75,10 @@ class Checked:
 
     def __post_init__(self) -> None:
         kind: Any = type(self)
-        for name, hint in _hints(kind):
-            check(name, getattr(self, name), hint)
+        for name, hint, options in _hints(kind):
+            value = getattr(self, name)
+            if not any(_is(value, option) for option in options):
+                check(name, value, hint)
 
 
 def check(name: str, value: Any, hint: Any) -> None:
@@ -99,15 +101,15 @@ def check(name: str, value: Any, hint: Any) -> None:
 
 
 @lru_cache
-def _hints(kind: Any) -> tuple[tuple[str, Any], ...]:
-    """The fields of a class of settings, with what they may be."""
+def _hints(kind: Any) -> tuple[tuple[str, Any, tuple[Any, ...]], ...]:
+    """The fields of a class of settings, with what they may be, and each of several such things."""
     if not is_dataclass(kind):
         return ()
     try:
         hints = get_type_hints(kind, include_extras=True)
     except NameError:  # a user's class, with names that are known to its function alone
         return ()
-    return tuple((f.name, hints[f.name]) for f in fields(kind))
+    return tuple((f.name, hints[f.name], tuple(_options(hints[f.name]))) for f in fields(kind))
 
 
 def _options(hint: Any) -> Iterator[Any]:
@@ -124,8 +126,8 @@ def _ranges(hint: Any) -> list[Within]:
 
 
 def _is(value: Any, hint: Any) -> bool:
-    if get_origin(hint) is Annotated:
-        return _is(value, get_args(hint)[0]) and all(value in part for part in _ranges(hint))
+    if hasattr(hint, "__metadata__"):  # of Annotated
+        return _is(value, hint.__origin__) and all(value in part for part in _ranges(hint))
     if hint is Any:
         return True
     if hint is type(None) or hint is None:
@@ -154,7 +156,8 @@ def _is(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _methods(protocol: type) -> list[str]:
+@lru_cache
+def _methods(protocol: Any) -> list[str]:
     return [n for n, v in vars(protocol).items() if inspect.isfunction(v) and n[0] != "_"]
 
 
