@@ -57,12 +57,11 @@ class Entry:
     """A strategy and what it promises.
 
     `separate`: adapting tasks together gives each the posterior that it gets alone (the others
-    draw their noise for all tasks at once). `exact_resume`: a resumed run is the uninterrupted one.
+    draw their noise for all tasks at once).
     """
 
     strategy: Strategy
     separate: bool = False
-    exact_resume: bool = True
 
 
 CATALOGUE = {
@@ -201,7 +200,7 @@ CATALOGUE = {
     ),
     "no pooling": Entry(NoPooling(steps=8, adapt_steps=8)),
     "complete pooling": Entry(CompletePooling(draws=20), separate=True),
-    "nuts": Entry(PyroNUTS(draws=6, warmup=4, chains=2, proposals=50), exact_resume=False),
+    "nuts": Entry(PyroNUTS(draws=6, warmup=4, chains=2, proposals=50)),
     "svi": Entry(PyroSVI(steps=6, adapt_steps=4, draws=20)),
     "svi point": Entry(
         PyroSVI(point_globals=True, centred=True, steps=6, samples=2, adapt_steps=4, draws=20)

@@ -134,7 +134,7 @@ def test_memory_counts_every_step_of_every_draw() -> None:
 
 @pytest.mark.parametrize("samples", [0, 3, -2])
 def test_draws_come_in_pairs(samples: int) -> None:
-    with pytest.raises(ValueError, match=f"samples must be an even number .* got {samples}"):
+    with pytest.raises(ValueError, match=f"samples must be .* got {samples}"):
         ABML(samples=samples)
 
 

@@ -199,7 +199,7 @@ def test_what_went_wrong_is_said() -> None:
         find_basins(density, prior_at(LOC), tasks, algorithm=wild, particles=5)
     with pytest.raises(ValueError, match="at least 2, got 1"):
         find_basins(density, prior_at(LOC), tasks, algorithm=NOISY, particles=1)
-    with pytest.raises(ValueError, match="longest must be positive, got 0"):
+    with pytest.raises(ValueError, match="longest must be positive"):
         GradientFlow(longest=0)
     with pytest.raises(ValueError, match="scale must be positive"):
         GradientFlow(scale=torch.tensor([1.0, -1.0]))

@@ -23,12 +23,13 @@ from varmeta import (
     GradientDescent,
     Implicit,
     LaplaceEvidence,
+    NotConverged,
     Tasks,
     TaskSource,
     fit,
 )
 from varmeta.inference import determined
-from varmeta.inference.diagnostics import note, warn_of, warn_of_collapse
+from varmeta.inference.diagnostics import by_task, note, warn_of, warn_of_collapse
 
 GOOD = {
     "converged": torch.tensor([True, True, True]),
@@ -54,6 +55,45 @@ def test_nothing_to_say() -> None:
 def test_each_finding_and_its_mend(key: str, value: list[float], said: str) -> None:
     with pytest.warns(RuntimeWarning, match="IMAML: " + said):
         warn_of("IMAML", GOOD | {key: torch.tensor(value)})
+
+
+@pytest.mark.filterwarnings("ignore::varmeta.NotConverged")
+def test_tasks_that_were_not_visited_are_not_counted() -> None:
+    """Of eight tasks a run of three steps of one sees three, and all of these converged."""
+    case = case_of(LinearGaussian.random(3, num_tasks=8, dim=2))
+    given = IMAML(steps=3, folds=None, learn_scale=False), case.density, case.tasks.support
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        warnings.simplefilter("ignore", NotConverged)
+        done = fit(*given, batch_size=1)
+    assert int(done.stats["visited"].sum()) == int(done.stats["converged"].sum()) == 3
+    bad = {"converged": torch.tensor([True, False, False]), "visited": torch.arange(3) < 2}
+    with pytest.warns(RuntimeWarning, match="1 of 2 tasks that were visited did not reach"):
+        warn_of("IMAML", bad)
+
+
+@pytest.mark.filterwarnings("ignore::varmeta.NotConverged")
+def test_folds_of_a_task_are_one_task() -> None:
+    """Four tasks in two folds each."""
+    case = case_of(LinearGaussian.random(3, num_tasks=4, dim=2))
+    few = IMAML(steps=2, folds=2, minimiser=GradientDescent(1e-5, 2, tolerance=1e-9))
+    with pytest.warns(RuntimeWarning, match="4 of 4 tasks did not reach"):
+        done = fit(few, case.density, case.tasks.unsplit)
+    assert len(done.stats["converged"]) > 4
+
+
+def test_the_worst_fold_speaks_for_its_task() -> None:
+    seen, names = ["a [0]", "a [1]", "b [0]", "b [3]"], ["a", "b"]
+    stats = {
+        "converged": torch.tensor([True, False, True, False]),
+        "residual": torch.tensor([0.1, 0.5, 0.2, torch.nan]),
+        "visited": torch.tensor([True, True, True, False]),
+    }
+    found = by_task(stats, seen, names)
+    assert found["converged"].tolist() == [False, True]  # that of b that failed was never made
+    assert found["residual"].tolist() == pytest.approx([0.5, 0.2])
+    assert found["visited"].tolist() == [True, True]
+    assert by_task(stats, ["u", "v", "w", "x"], names) == {}
 
 
 def test_a_budget_that_is_too_small_says_so() -> None:

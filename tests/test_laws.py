@@ -108,12 +108,7 @@ def test_interrupted_and_resumed(entry: Entry, tmp_path: Path) -> None:
     assert kept["state"]["step"] == max(half, 1)
     resumed = run(entry, checkpoint=path)
     assert resumed.finished and len(resumed.history) == len(whole.history)
-    if entry.exact_resume:
-        assert_same(resumed.state.state_dict(), whole.state.state_dict())
-    else:
-        drawn = max(half - entry.strategy.warmup, 0)  # type: ignore[attr-defined]
-        before = kept["state"]["tensors"]["theta"]
-        assert_same(resumed.state.tensors["theta"][:drawn], before[:drawn])
+    assert_same(resumed.state.state_dict(), whole.state.state_dict())
     again = run(entry, checkpoint=path)  # a finished run is not run again
     assert_same(again.state.state_dict()["raw"], resumed.state.state_dict()["raw"])
 

@@ -304,7 +304,7 @@ WRONG: dict[str, Callable[[], object]] = {
     r"max_iterations must .* at least 1, got 0; ": lambda: CG(max_iterations=0),
     r"max_iterations must .* at least 1, got -3; ": lambda: MINRES(max_iterations=-3),
     r"max_iterations must .* whole .*got 2.5; ": lambda: MINRES(max_iterations=2.5),  # type: ignore[arg-type]
-    r"tolerance must .* at least 0, got -1.0; leave it": lambda: CG(tolerance=-1.0),
+    r"tolerance must .* at least 0 .*, got -1.0; leave it": lambda: CG(tolerance=-1.0),
     r"tolerance must .* finite .* got nan; leave it": lambda: MINRES(tolerance=float("nan")),
     r"terms must .* got 0; 1 is one-step": lambda: Neumann(0, 0.1),
     r"step_size must .* got 0.0; .* below 2 over": lambda: Neumann(1, 0.0),

@@ -278,5 +278,5 @@ def test_it_says_what_it_cost_and_how_well_it_went() -> None:
 
 @pytest.mark.parametrize("field", ["probes", "lanczos_steps"])
 def test_numbers_that_make_no_sense_are_refused(field: str) -> None:
-    with pytest.raises(ValueError, match=f"{field} must be a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match=f"{field} must be a whole number of at least 1.*, got 0"):
         LogDet(**{field: 0})

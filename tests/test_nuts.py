@@ -7,26 +7,30 @@ Carlo standard errors. With 22 such comparisons one seed in 700 would raise a fa
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
-from helpers import Case, case_of, tasks_of, tensor
+from helpers import Case, assert_same, case_of, tasks_of, tensor
 from linear_gaussian import Array, LinearGaussian
+from pyro.infer import NUTS
 from pyro.ops.stats import effective_sample_size
 from torch import Tensor
 
-from varmeta.inference import nuts
+from varmeta.inference import nuts, nuts_kernel
 from varmeta.inference.base import Batch, StepInfo
 from varmeta.inference.fit import Fit, fit
 from varmeta.inference.nuts import PyroNUTS
-from varmeta.models import GaussianPrior, Hyperprior
+from varmeta.models import Density, GaussianPrior, Hyperprior, capture
 from varmeta.seeds import generator
-from varmeta.tasks import TaskSource
+from varmeta.tasks import Tasks, TaskSource
 
 LIMIT = 4.0  # Monte Carlo standard errors
 STRATEGY = PyroNUTS(draws=150, warmup=50, chains=2, target_accept=0.9)
@@ -194,64 +198,106 @@ DIVERGED = "ignore:.*NUTS transitions diverged:RuntimeWarning"  # the warm-ups h
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A poor starting point will do."""
+    """A poor middle will do, and recording does not pay for so few transitions."""
     monkeypatch.setattr(nuts, "_QUICK_STEPS", 10)
-
-
-def stopped(strategy: PyroNUTS, path: Path, when: int) -> dict[str, Any]:
-    """The state in the checkpoint of a run interrupted after step `when`."""
-    _, _, case, prior = problems()
-
-    def stop(step: int, info: StepInfo) -> None:
-        if step == when:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt, match=f"step {when} of {strategy.num_steps}"):
-        fit(
-            strategy,
-            case.density,
-            case.tasks.support,
-            prior=prior,
-            checkpoint=path,
-            on_step=stop,
-        )
-    saved: dict[str, Any] = torch.load(path, weights_only=True)["state"]
-    return saved
+    monkeypatch.setattr(capture, "record", lambda function, tensors: None)
 
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.filterwarnings(DIVERGED)
-@pytest.mark.parametrize("when", [12, 22, 33])
-def test_a_resumed_run_keeps_its_draws(tmp_path: Path, when: int) -> None:
-    """Stopped while drawing in the first chain, or in the second chain's warm-up or draws."""
+@pytest.mark.parametrize(
+    ("strategy", "stops"),
+    [
+        # In warm-up, at its end, between draws, and between chains.
+        (PyroNUTS(draws=3, warmup=3, chains=2), range(1, 12)),
+        # Pyro averages step sizes in windows from 20 transitions of warm-up on.
+        (PyroNUTS(draws=2, warmup=20, chains=1), (3, 19, 20)),
+        (PyroNUTS(draws=3, warmup=0, chains=1), (1, 2)),
+    ],
+)
+def test_a_chain_interrupted_anywhere_is_the_one_that_was_not(
+    strategy: PyroNUTS, stops: Iterable[int], tmp_path: Path
+) -> None:
     _, _, case, prior = problems()
-    strategy, path = PyroNUTS(draws=10, warmup=10, chains=2), tmp_path / "run.pt"
-    before = stopped(strategy, path, when)["tensors"]
-    done = fit(strategy, case.density, case.tasks.support, prior=prior, checkpoint=path)
-    kept = sum(when > chain * 20 + 10 + k for chain in range(2) for k in range(10))
-    for name in ("theta", "loc", "log_scale"):
-        after = done.state.tensors[name]
-        assert torch.equal(after[:kept], before[name][:kept])
-        assert bool((after != 0).all()), "a draw was never made"
-    chains = done.state.tensors["loc"].reshape(2, 10)
-    assert all(len(chain.unique()) > 3 for chain in chains), "a chain stands still"
+    given = strategy, case.density, case.tasks.support
+    whole, path = fit(*given, prior=prior), tmp_path / "run.pt"
+    for when in stops:
+
+        def stop(step: int, info: StepInfo, when: int = when) -> None:
+            if step == when:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt, match=f"step {when} of {strategy.num_steps}"):
+            fit(*given, prior=prior, checkpoint=path, on_step=stop)
+    done = fit(*given, prior=prior, checkpoint=path)
+    assert_same(done.state.state_dict(), whole.state.state_dict())
+    for column in ("loss", "gradients"):
+        assert done.history[column].tolist() == whole.history[column].tolist()
+
+
+# -- where a chain begins -------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.filterwarnings(DIVERGED)
-@pytest.mark.parametrize("when", [10, 15])
-def test_a_resumed_chain_goes_on_from_where_it_was(tmp_path: Path, when: int) -> None:
-    """With the step size and the mass matrix that its warm-up ended with."""
+def test_a_chain_begins_where_it_is_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first transition leaves from a draw around the quick fit, at that point's energy.
+
+    The energy of a draw of the Gaussian with the middle's curvature is above the middle's by about
+    half a chi-square of n = 8 degrees of freedom, whose 1 − 1e-6 quantile is 43.
+    """
     _, _, case, prior = problems()
-    strategy, tasks = PyroNUTS(draws=10, warmup=10, chains=1), case.tasks.support
-    saved = stopped(strategy, tmp_path / "run.pt", when)
-    state = strategy.init(case.density, prior, tasks, generator(0))
-    state.load_state_dict(saved)
-    strategy.step(case.density, state, Batch(tasks, torch.arange(6), 6), generator(0))
-    kernel, kept = state.cache["kernel"], saved["tensors"]
-    assert float(kernel.step_size) == float(kept["step_size"])
-    assert torch.equal(next(iter(kernel.inverse_mass_matrix.values())), kept["inverse_mass"])
-    assert bool((state.tensors["theta"][: when - 9] != 0).all())  # one more draw
+    told: list[Tensor] = []
+    left: list[tuple[Tensor, float]] = []
+    begin, sample = nuts_kernel.Kernel.begin, NUTS.sample
+
+    def begins(self: nuts_kernel.Kernel) -> dict[str, Tensor]:
+        chain = begin(self)
+        told.append(chain["position"])
+        assert float(chain["energy"]) == float(self.energy(self.split(chain["position"])))
+        middle = float(self.energy(self.split(self.middle)))
+        assert abs(float(chain["energy"]) - middle) < 0.5 * 43
+        return chain
+
+    def leaves(self: NUTS, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        z, energy, _ = self._fetch_from_cache()
+        left.append((torch.cat([z[name].reshape(-1) for name in params]), float(energy)))
+        moved: dict[str, Tensor] = sample(self, params)
+        return moved
+
+    monkeypatch.setattr(nuts_kernel.Kernel, "begin", begins)
+    monkeypatch.setattr(NUTS, "sample", leaves)
+    done = fit(PyroNUTS(draws=2, warmup=1, chains=2), case.density, case.tasks.support, prior=prior)
+    assert len(told) == 2 and not torch.equal(*told)  # chains begin apart
+    assert torch.equal(left[0][0], told[0]) and torch.equal(left[3][0], told[1])
+    assert done.history["loss"].max() < 2 * done.history["loss"].min() + 10
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_mass_matrix_is_in_pyros_order() -> None:
+    """Pyro sorts the sites by name; the model here has its shared ones the other way around."""
+
+    def model(x: Tensor, y: Tensor | None = None) -> Tensor:
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        wide = pyro.sample("wide", dist.Normal(0.0, 100.0))
+        narrow = pyro.sample("narrow", dist.Normal(0.0, 0.01))
+        with pyro.plate("rows", len(x)):
+            mean = theta + narrow + wide * x[..., 0]
+            return pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    zeros = torch.zeros(2, 1, dtype=torch.float64)
+    tasks = Tasks.from_list([(zeros, zeros[:, 0])] * 2)
+    density = Density(model, tasks, shared=["wide", "narrow"])
+    strategy = PyroNUTS(draws=1, warmup=1, chains=1)
+    prior = GaussianPrior.from_density(density)
+    state = strategy.init(density, prior, tasks, generator(0))
+    strategy.step(density, state, Batch(tasks, torch.arange(2), 2), generator(0))
+    kernel = state.cache["kernel"]
+    (sites,) = kernel._nuts.inverse_mass_matrix
+    assert list(sites) == list(kernel.shapes) == sorted(sites)
+    sizes = state.tensors["inverse_mass"].diagonal().sqrt()
+    widths = dict(zip(kernel.shapes, kernel.split(sizes).values(), strict=True))
+    assert float(widths["shared_wide"]) > 50 and float(widths["shared_narrow"]) < 0.02
 
 
 # -- reports --------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from varmeta.inference.fit import Fit, fit
 from varmeta.inference.minimise import GradientDescent
 from varmeta.inference.pooling import CompletePooling, NoPooling
 from varmeta.models.density import Density
+from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import Gaussian
 from varmeta.tasks import Tasks
 
@@ -180,3 +181,11 @@ def test_an_unsolved_pooled_problem_is_said() -> None:
     strategy = CompletePooling(minimiser=GradientDescent(1e-4, max_iterations=3))
     with pytest.warns(RuntimeWarning, match="6 of 6 tasks did not reach"):
         fit(strategy, case.density, case.tasks)
+
+
+def test_complete_pooling_reports_no_scale_whatever_the_bounds() -> None:
+    """Σ = 0: tasks do not differ; bounds are for scales that are learned."""
+    case = case_of(LinearGaussian.random(2))
+    prior = GaussianPrior.from_density(case.density, bounds=(0.5, 10.0))
+    done = fit(CompletePooling(draws=10), case.density, case.tasks.support, prior=prior)
+    assert done.prior.scale.tolist() == [0.0] * 3

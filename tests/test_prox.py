@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
@@ -15,7 +16,7 @@ from varmeta.inference.energy import Energy, TaskEnergy
 from varmeta.inference.linear import CG
 from varmeta.inference.minimise import GradientDescent
 from varmeta.inference.newton import NewtonCG
-from varmeta.inference.prox import Implicit, ProxInfo, prox
+from varmeta.inference.prox import Implicit, OneStep, ProxInfo, prox
 
 SHAPES = [(0, 6, 3), (1, 6, 3), (2, 9, 4), (3, 5, 1), (4, 1, 1)]  # seed, tasks, dim
 
@@ -247,3 +248,44 @@ def test_single_precision() -> None:
     assert theta.dtype == torch.float32
     (slope,) = torch.autograd.grad(theta.sum(), anchor)
     assert abs(float(slope) - 1 / 3) < 1e-6
+
+
+# -- what it costs --------------------------------------------------------------------------------
+
+
+def test_one_steps_way_back_is_counted() -> None:
+    """A product with second derivatives, which counts as two gradients."""
+    case = case_of(LinearGaussian.random(0))
+    prior, shared, leaves = leaves_of(case)
+    energy = TaskEnergy(case.density, case.tasks.support, shared, prior)
+    start = prior.loc.detach().expand(len(case.tasks), -1)
+    theta, info = prox(energy, start, adjoint=OneStep(0.1))
+    before = info.gradients
+    torch.autograd.grad(theta.sum(), leaves[0])
+    assert info.gradients == before + 2
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("start", "said"),
+    [
+        (
+            torch.zeros(3),
+            r"start must be a floating .* \[T, D\].*float32 of shape \[3\]",
+        ),
+        (torch.zeros(2, 3, 1), r"of shape \[2, 3, 1\]"),
+        (torch.zeros(2, 3, dtype=torch.long), "torch.int64 of shape"),
+        (1.0, "got 1.0"),
+    ],
+)
+def test_a_start_of_another_shape_is_refused(start: Tensor, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        prox(lambda theta: theta.square().sum(-1), start)
+
+
+@pytest.mark.parametrize("energy", [lambda t: t.square(), lambda t: t.square().sum()])
+def test_an_energy_of_another_shape_is_refused(energy: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"energy must return \[T\] = \[2\] nats.*got \["):
+        prox(energy, torch.ones(2, 3))

@@ -284,7 +284,7 @@ def test_a_task_without_rows_does_not_drown_the_others() -> None:
 
 
 def test_bad_calls_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"loc_from must be 'validation' or 'joint', got 'map'"):
+    with pytest.raises(ValueError, match=r"loc_from must be one of .*'joint', got 'map'"):
         SigmaIMAML(loc_from="map")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"loc_from must be 'joint' for SigmaReptile"):
         SigmaReptile(loc_from="validation")

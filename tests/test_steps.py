@@ -214,7 +214,7 @@ def test_bounds_that_are_none_are_refused(clip: float) -> None:
         GradientDescent(0.1, clip=clip)
     with pytest.raises(ValueError, match="clip must be positive and finite"):
         Adam(clip=clip)
-    with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum'"):
+    with pytest.raises(ValueError, match="reduction must be one of 'mean', 'sum'"):
         GradientDescent(0.1, reduction="average")  # type: ignore[arg-type]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from varmeta.inference.diagnostics import by_task
 from varmeta.inference.fit import Fit
 from varmeta.inference.nuts import PyroNUTS
 from varmeta.models.density import Density
@@ -27,7 +28,6 @@ Variables = dict[str, Variable]
 _SAMPLE, _PRIOR, _PREDICT = range(3)  # streams of the export's seed
 _DRAW = ("chain", "draw")
 _RESERVED = {*_DRAW, "module", "task", "row", "input", "task_of_row", "row_id"}
-_WORST_IS_LOW = ("converged", "importance_ess")  # of the other diagnostics the largest is the worst
 
 
 def to_arviz(
@@ -245,18 +245,10 @@ def _stats(fit: Fit, posterior: TaskPosterior, trained: bool) -> Variables:
 def _training_stats(fit: Fit) -> dict[str, np.ndarray]:
     """`fit.stats` per task; the strategy may have seen each task as several, one for each fold."""
     assert isinstance(fit.tasks, Tasks)
-    values = {name: _numpy(value) for name, value in fit.stats.items()}
-    wanted, seen = fit.tasks.names, fit.strategy.prepare(fit.tasks, fit.seed).names  # type: ignore[union-attr]
-    if seen == wanted:
-        return values
-    owner = np.array([name.rsplit(" [", 1)[0] for name in seen])
-    if set(owner) != set(wanted):  # tasks of the strategy's own making
-        return {}
-    out = {}
-    for name, value in values.items():
-        worst = np.fmin if name in _WORST_IS_LOW else np.fmax  # NaN is a fold that no step has seen
-        out[name] = np.array([worst.reduce(value[owner == task]) for task in wanted])
-    return out
+    seen = fit.strategy.prepare(fit.tasks, fit.seed)
+    assert isinstance(seen, Tasks)
+    worst = by_task(fit.stats, seen.names, fit.tasks.names)
+    return {name: _numpy(value) for name, value in worst.items()}
 
 
 def _shrinkage(fit: Fit, rows: Tasks, posterior: TaskPosterior, query: Tasks | None) -> Variables:

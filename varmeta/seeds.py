@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
+from varmeta.checked import Seed, check
+
 _AT_ONCE = 32
 
 
@@ -16,7 +18,11 @@ def generator(seed: int, *stream: int, device: torch.device | str = "cpu") -> to
 
     The pair is hashed (NumPy's `SeedSequence`), so that step 7 of seed 0 draws the same numbers in
     a resumed run as in an uninterrupted one, and neighbouring streams are independent.
+
+    Raises:
+        ValueError: a seed that is no whole number from 0 to 2^64 − 1.
     """
+    check("seed", seed, Seed)
     return _seeded(np.random.SeedSequence(seed, spawn_key=stream), device)
 
 
@@ -27,6 +33,7 @@ def generators(
 
     Hashing many at once costs a fraction each of hashing one between other work.
     """
+    check("seed", seed, Seed)
     source = np.random.SeedSequence(seed, spawn_key=stream, n_children_spawned=first)
     while True:
         yield from [_seeded(child, device) for child in source.spawn(_AT_ONCE)]

@@ -19,11 +19,12 @@ hyperprior is that of every strategy here; theirs is normal on the mean, gamma o
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from varmeta.checked import Within
 from varmeta.inference.base import Batch, State
 from varmeta.inference.energy import FunctionEnergy
 from varmeta.inference.families import GaussianQ
@@ -93,12 +94,12 @@ class ABML(MetaGradient):
     """
 
     minimiser: FirstOrder = field(default_factory=_steps)
-    samples: int = 8
+    samples: Annotated[int, Within(2)] = 8
     natural: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.samples < 2 or self.samples % 2:
+        if self.samples % 2:
             raise ValueError(
                 f"samples must be an even number (antithetic pairs), got {self.samples}"
             )

@@ -113,16 +113,6 @@ class AmortisedVariational(MetaGradient):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (
-            ("q", ("delta", "laplace")),
-            ("outside", ("support", "query")),
-            ("gradient", ("envelope", "implicit", None)),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(map(repr, known))}, "
-                    f"got {getattr(self, name)!r}"
-                )
         if self.q == "delta" and self.learn_scale:
             raise ValueError(no_scales_with_points("q='laplace'"))
         stationary = self.q == "delta" and self.outside == "support"

@@ -12,31 +12,23 @@ They take Λ and the modules from the energy that is solved for, and so work on 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
+from varmeta.checked import Checked, Seed, Within
 from varmeta.inference.linear import (
     CG,
     LinearSolver,
     MatVec,
+    NeedsPrior,
     Solution,
-    check_count,
     norm,
     relative,
 )
 from varmeta.models.prior import GaussianPrior
 from varmeta.seeds import generator
-
-
-@runtime_checkable
-class NeedsPrior(Protocol):
-    """A solver or preconditioner that has to be told the prior in A = H + Λ."""
-
-    def given(self, prior: GaussianPrior) -> Any:
-        """The solver (or preconditioner) for this prior."""
-        ...
 
 
 def bound(solver: LinearSolver | NeedsPrior, energy: Any) -> LinearSolver:
@@ -59,7 +51,7 @@ def bound(solver: LinearSolver | NeedsPrior, energy: Any) -> LinearSolver:
 
 
 @dataclass(frozen=True)
-class PriorDominated:
+class PriorDominated(Checked):
     """(H + Λ)⁻¹ ≈ Λ⁻¹ = Σ: no product with H, right where the scales are small against the data's.
 
     Exact for H = 0; the relative error in a direction with curvature h and scale σ is hσ². One
@@ -73,7 +65,7 @@ class PriorDominated:
 
 
 @dataclass(frozen=True)
-class Diagonal:
+class Diagonal(Checked):
     """H ≈ its diagonal: (H + Λ)⁻¹b ≈ b / (h + λ), coordinate by coordinate.
 
     Exact where the coordinates do not interact. The diagonal is read off D products with unit
@@ -90,12 +82,8 @@ class Diagonal:
         ValueError: probes below 1.
     """
 
-    probes: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.probes is not None:
-            check_count("probes", self.probes, "None is the exact diagonal, for D products")
+    probes: Annotated[int, Within(1, why="None is the exact one, for D products")] | None = None
+    seed: Seed = 0
 
     def given(self, prior: GaussianPrior) -> _Coordinates:
         """See `NeedsPrior.given`."""
@@ -103,7 +91,7 @@ class Diagonal:
 
 
 @dataclass(frozen=True)
-class BlockDiagonal:
+class BlockDiagonal(Checked):
     """H ≈ its blocks within modules: one solve for each module, the others left alone.
 
     Exact where modules do not interact. Costs M solves; a block has fewer and closer eigenvalues
@@ -114,7 +102,7 @@ class BlockDiagonal:
         solver: of a block.
     """
 
-    solver: CG = field(default_factory=lambda: CG(preconditioner=PriorDominated()))  # type: ignore[arg-type]
+    solver: CG = field(default_factory=lambda: CG(preconditioner=PriorDominated()))
 
     def given(self, prior: GaussianPrior) -> _Blocks:
         """See `NeedsPrior.given`."""

@@ -23,6 +23,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from varmeta.checked import Positive
 from varmeta.inference.chain import Chain, Loss
 from varmeta.inference.descent import RandomDescent
 from varmeta.inference.diagnostics import LOOSE
@@ -146,13 +147,7 @@ class BasinCorrected(_Heated):
     weights: Literal["occupation", "laplace"] = "occupation"
     minimiser: Minimiser | None = None
     solver: LinearSolver = field(default_factory=CG)
-    radius: float = RADIUS
-
-    def __post_init__(self) -> None:
-        if self.weights not in ("occupation", "laplace"):
-            raise ValueError(f"weights must be 'occupation' or 'laplace', got {self.weights!r}")
-        if not self.radius > 0:
-            raise ValueError(f"radius must be positive, got {self.radius}")
+    radius: Positive = RADIUS
 
     @property
     def name(self) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from varmeta.checked import Checked
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import TaskPosterior
@@ -163,6 +165,21 @@ class State:
         self.step, self.arrived = saved["step"], saved["arrived"]
         self.counts = deepcopy(saved["counts"])
 
+    @contextmanager
+    def unless_it_fails(self) -> Iterator[None]:
+        """Undo what is done inside if it raises anything, at the price of a copy of the state.
+
+        For a step that has to change something before it evaluates the model for the last time.
+        """
+        before = self.state_dict()
+        tensors, optimisers = dict(self.tensors), dict(self.optimisers)
+        try:
+            yield
+        except BaseException:
+            self.tensors, self.optimisers = tensors, optimisers
+            self.load_state_dict(before)
+            raise
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -213,7 +230,7 @@ class StepInfo:
     worst: dict[str, float] = field(default_factory=dict)
 
 
-class Strategy(ABC):
+class Strategy(Checked, ABC):
     """A way to learn the prior from training tasks and to adapt to a task never seen.
 
     A strategy is a frozen dataclass whose fields are its configuration; `fit` is the only loop.
@@ -272,7 +289,12 @@ class Strategy(ABC):
     def step(
         self, density: Density, state: State, batch: Batch, generator: torch.Generator
     ) -> StepInfo:
-        """One step on one batch of tasks, changing `state` in place."""
+        """One step on one batch of tasks, changing `state` in place.
+
+        A step that fails leaves the state as it was before it, so that the run can go on from
+        there: evaluate the model first, and change the state afterwards (or see
+        `State.unless_it_fails`).
+        """
 
     @abstractmethod
     def adapt(

@@ -52,9 +52,9 @@ def maximise(sums: dict[str, Tensor], meta: Meta, total: float, loc: bool, scale
         scale: set the scales.
     """
     origin, belief = meta.origin, meta.origin.hyperprior
-    with torch.no_grad():
-        mean = (sums["moment_mean"] / sums["moment_count"]).to(origin.loc)
-        square = (sums["moment_square"] / sums["moment_count"]).to(origin.loc)
+    with torch.no_grad():  # in float64 until a difference of squares has been taken
+        mean = sums["moment_mean"] / sums["moment_count"]
+        square = sums["moment_square"] / sums["moment_count"]
         if loc:
             best = mean
             if belief is not None:
@@ -63,14 +63,16 @@ def maximise(sums: dict[str, Tensor], meta: Meta, total: float, loc: bool, scale
                 best = (mean + ratio * there) / (1 + ratio)
             meta.raw["loc"].copy_(best)
         if scale:
-            now = meta.raw["loc"]
-            around = (square - 2 * now * mean + now**2) * origin.scale**2
-            each = torch.zeros_like(origin.log_scale)
+            now = meta.raw["loc"].double()
+            around = square - 2 * now * mean + now**2
+            around = around.clamp(min=torch.finfo(around.dtype).eps * square)  # what it can tell
+            each = torch.zeros_like(origin.log_scale, dtype=around.dtype)
             count = each.index_add(0, origin.groups, torch.ones_like(around)) * total
+            around = around * origin.scale.double() ** 2
             sum_of_squares = each.index_add(0, origin.groups, around) * total
             if belief is None or belief.scale_law == "flat":
                 best = sum_of_squares / count
             else:
-                bend = 4 * sum_of_squares / belief.scale_width**2
+                bend = 4 * sum_of_squares / belief.scale_width.double() ** 2
                 best = 2 * sum_of_squares / (count + (count**2 + bend).sqrt())
             meta.raw["log_scale"].copy_(0.5 * best.log() - origin.log_scale)

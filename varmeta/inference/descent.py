@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
+
+from varmeta.checked import Checked, Count, NotNegative, Positive, Within
 
 _FIRST, _LAST = 0.8, 0.1  # paces of a run without a step size
 
 
 @dataclass(frozen=True)
-class RandomDescent:
+class RandomDescent(Checked):
     """Noisy gradient descent anchored at θ0; `Langevin`, `SGD`, `RandomRestarts` are cases of it.
 
     Attributes:
@@ -44,39 +47,25 @@ class RandomDescent:
         ValueError: a number out of range, a schedule of another length.
     """
 
-    run_length: int = 25
-    step_size: float | None = None
-    temperature: float | Sequence[float] = 0.0
-    momentum: float = 0.0
-    batch_rows: int | None = None
+    run_length: Count = 25
+    step_size: Positive | None = None
+    temperature: NotNegative | Sequence[NotNegative] = 0.0
+    momentum: Annotated[float, Within(0, 1, below=True)] = 0.0
+    batch_rows: Count | None = None
     replacement: bool = False
-    start_scale: float = 0.0
-    clip: float | None = 3.0
+    start_scale: NotNegative = 0.0
+    clip: Positive | None = 3.0
 
     def __post_init__(self) -> None:
-        if self.run_length < 1 or (self.step_size is not None and self.step_size <= 0):
-            raise ValueError(
-                f"run_length and step_size must be positive, got {self.run_length} and "
-                f"{self.step_size}"
-            )
-        if isinstance(self.temperature, Sequence) or hasattr(self.temperature, "__len__"):
+        super().__post_init__()
+        if hasattr(self.temperature, "__len__"):
             schedule = tuple(float(t) for t in self.temperature)  # type: ignore[union-attr]
             if len(schedule) != self.run_length:
                 raise ValueError(
-                    f"temperature has {len(schedule)} entries, wanted one number, or one for each "
-                    f"of the {self.run_length} steps"
+                    f"temperature must be one number, or one for each of the {self.run_length} "
+                    f"steps, got {len(schedule)} numbers"
                 )
             object.__setattr__(self, "temperature", schedule)
-        if not min(self.temperatures) >= 0:
-            raise ValueError(f"temperature must not be negative, got {min(self.temperatures)}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
-        if self.batch_rows is not None and self.batch_rows < 1:
-            raise ValueError(f"batch_rows must be at least 1 or None, got {self.batch_rows}")
-        if not self.start_scale >= 0:
-            raise ValueError(f"start_scale must not be negative, got {self.start_scale}")
-        if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip must be positive or None, got {self.clip}")
 
     @property
     def temperatures(self) -> tuple[float, ...]:
@@ -107,7 +96,7 @@ class Langevin(RandomDescent):
     Source: Welling & Teh (2011) for the minibatch version; the anchor is Huszár's (2019).
     """
 
-    temperature: float | Sequence[float] = 1.0
+    temperature: NotNegative | Sequence[NotNegative] = 1.0
 
 
 @dataclass(frozen=True)
@@ -118,11 +107,11 @@ class SGD(RandomDescent):
     (`temperature`) if an estimator needs transition densities.
     """
 
-    batch_rows: int | None = 8
+    batch_rows: Count | None = 8
 
 
 @dataclass(frozen=True)
 class RandomRestarts(RandomDescent):
     """Plain gradient descent from a random start: `RandomDescent` from N(θ0, Σ)."""
 
-    start_scale: float = 1.0
+    start_scale: NotNegative = 1.0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+import torch
 from torch import Tensor
 
 from varmeta.inference.base import NotConverged, UndeterminedScale
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _COLLAPSED = 0.01  # of the scale at the start, where the evidence is not asked
 _log = logging.getLogger("varmeta")
+WORST_IS_LOW = ("converged", "importance_ess")  # of the other diagnostics the largest is the worst
 LOOSE = 0.1  # relative residual or gradient above which a derivative is called inexact
 
 # Diagnostic, where it is bad, and what to say of so many tasks.
@@ -82,17 +84,54 @@ def note(row: dict[str, float], tasks: int) -> str:
 def warn_of(name: str, stats: Mapping[str, Tensor]) -> None:
     """Warn of what was left undone inside, and say what mends it.
 
-    `stats` are diagnostics per task, `[T]` each, as in `ProxInfo.stats`.
+    `stats` are diagnostics per task, `[T]` each, as in `ProxInfo.stats`; where there is one named
+    `visited`, of the tasks for which it is True.
     """
+    of = "tasks"
+    if "visited" in stats and not bool(stats["visited"].all()):
+        of = "tasks that were visited"
+        stats = {name: value[stats["visited"]] for name, value in stats.items()}
     # Reducing the gradient is asked of a budget whose result is differentiated implicitly alone.
     asked = set(stats) - ({"grad_reduction"} if _asks_no_reduction(stats) else set())
     said = []
     for key, bad, text in _FINDINGS:
         count = int(bad(stats[key]).sum()) if key in asked else 0
         if count:
-            said.append(text.format(f"{count} of {len(stats[key])} tasks"))
+            said.append(text.format(f"{count} of {len(stats[key])} {of}"))
     if said:
         warnings.warn(f"{name}: {'; '.join(said)}", RuntimeWarning, stacklevel=3)
+
+
+def by_task(
+    stats: Mapping[str, Tensor], seen: Sequence[str], names: Sequence[str]
+) -> dict[str, Tensor]:
+    """The worst of each diagnostic over a task's folds, where a run has seen tasks as folds.
+
+    Args:
+        stats: one value for each of `seen`.
+        seen: names of what the run was given, for folds as `Tasks.folds` makes them.
+        names: of the tasks.
+
+    Returns:
+        `[T]` each; nothing where `seen` are tasks of a strategy's own making.
+    """
+    if tuple(seen) == tuple(names):
+        return dict(stats)
+    place = {name: index for index, name in enumerate(names)}
+    owners = [place.get(name.rsplit(" [", 1)[0], -1) for name in seen]
+    if set(owners) != set(range(len(names))):
+        return {}
+    owner = torch.tensor(owners)
+    visited = stats.get("visited", torch.ones(len(owner), dtype=torch.bool))
+    out = {}
+    for name, value in stats.items():
+        known = ~value.isnan() & (visited | (name == "visited")).to(value.device)
+        exact = value if value.is_floating_point() else value.long()
+        none = exact.new_full((len(names),), torch.nan if value.is_floating_point() else 0)
+        place_of, way = owner.to(value.device)[known], "amin" if name in WORST_IS_LOW else "amax"
+        worst = none.scatter_reduce(0, place_of, exact[known], way, include_self=False)
+        out[name] = worst.to(value.dtype)
+    return out
 
 
 def say_of_stream(tasks: Tasks | TaskSource, prior: GaussianPrior) -> None:

@@ -61,8 +61,19 @@ class FunctionEnergy:
     unit: Tensor | None = None
 
     def __call__(self, theta: Tensor) -> Tensor:
-        """See `Energy`."""
-        return self.function(theta)
+        """See `Energy`.
+
+        Raises:
+            ValueError: the function does not return one number for each task.
+        """
+        value = self.function(theta)
+        shape = list(value.shape) if isinstance(value, Tensor) else value
+        if shape != [len(theta)]:
+            raise ValueError(
+                f"energy must return [T] = [{len(theta)}] nats, one for each row of θ, got "
+                f"{shape!r}; sum over coordinates with .sum(-1)"
+            )
+        return value
 
     def gradient(self, theta: Tensor) -> Tensor:
         """See `Energy`."""

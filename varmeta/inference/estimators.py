@@ -25,6 +25,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from varmeta.checked import Checked, Count
 from varmeta.inference.chain import Chain, Loss, Slope
 from varmeta.inference.descent import RandomDescent
 
@@ -68,7 +69,7 @@ def standard_error(each: Tensor, pairs: bool = False) -> Tensor:
     return each.std(0) / math.sqrt(len(each))
 
 
-class Estimator(ABC):
+class Estimator(Checked, ABC):
     """A way to estimate the gradient of the expected loss where a random algorithm ends."""
 
     needs_noise: ClassVar[bool] = False  # in every step
@@ -259,11 +260,7 @@ class BismutElworthyLi(Weighted):
         horizon: S; None for the length of the run.
     """
 
-    horizon: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.horizon is not None and self.horizon < 1:
-            raise ValueError(f"horizon must be at least 1 or None, got {self.horizon}")
+    horizon: Count | None = None
 
     def path(self, chain: Chain) -> Path:
         """See `Weighted.path`."""

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from varmeta.checked import Count, Positive
 from varmeta.inference.chain import Chain, Loss
 from varmeta.inference.descent import RandomDescent
 from varmeta.inference.estimators import Estimate, Estimator
@@ -28,13 +29,9 @@ class EvolutionStrategies(Estimator):
         width: s, in units of the prior: θ0 moves by s prior standard deviations.
     """
 
-    width: float = 0.1
+    width: Positive = 0.1
 
     unbiased: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        if self.width <= 0:
-            raise ValueError(f"width must be positive, got {self.width}")
 
     @property
     def parts(self) -> int:
@@ -92,12 +89,7 @@ class PersistentES(EvolutionStrategies):
         windows: how many.
     """
 
-    windows: int = 5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.windows < 1:
-            raise ValueError(f"windows must be at least 1, got {self.windows}")
+    windows: Count = 5
 
     @property
     def parts(self) -> int:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from varmeta.inference.base import Batch, NonFiniteLoss, State, StepInfo, Strategy
 from varmeta.inference.diagnostics import (
+    by_task,
     note,
     say_of_stream,
     still_improving,
@@ -57,7 +58,8 @@ class Fit:
         seed: the seed it ran with.
         history: one row per step: `step`, `loss` (nats per task), `gradients` (evaluations so far),
             `seconds`, and the worst `grad_norm` and `residual` over tasks where there are any.
-        stats: per-task diagnostics `[T]` of the last visit to each training task.
+        stats: per-task diagnostics `[T]` of the last visit to each training task, or to each of its
+            folds where the strategy cross-validates; with `batch_size` also whether it was visited.
         path: `[M]` each, how far the log scales had moved after each step, for `scales`.
         settled: the strategy with every choice made that it left open.
     """
@@ -283,7 +285,7 @@ def fit(
     result = run.result()
     if path is not None:
         result.save(path)
-    warn_of(strategy.name, result.stats)
+    warn_of(strategy.name, run.stats_by_task())
     skipped = state.counts.get("skipped", [0])
     if skipped[0]:
         warn_of_skipped(strategy.name, skipped, state.cache.get("skipped", []))
@@ -354,6 +356,12 @@ class _Run:
         stats = {name: value.detach() for name, value in self.stats.items()}
         return Fit(*given, self.state, self.seed, history, stats, self.path, self.settled)
 
+    def stats_by_task(self) -> dict[str, Tensor]:
+        """The diagnostics of each task that was given, whatever the strategy made of it."""
+        if isinstance(self.tasks, TaskSource) or isinstance(self.training, TaskSource):
+            return self.stats
+        return by_task(self.stats, self.training.names, self.tasks.names)
+
     def load(self, path: Path) -> None:
         saved = torch.load(path, weights_only=True)
         for name, mine in (("strategy", repr(self.strategy)), ("seed", self.seed)):
@@ -402,7 +410,8 @@ class _Run:
         if isinstance(self.training, TaskSource) or len(batch.tasks) == len(self.training):
             self.stats = info.stats
             return
-        for name, value in info.stats.items():
+        visited = torch.ones(len(batch.tasks), dtype=torch.bool)
+        for name, value in (info.stats | {"visited": visited}).items():
             if name not in self.stats:
                 fill = float("nan") if value.is_floating_point() else 0
                 self.stats[name] = value.new_full((len(self.training),), fill)

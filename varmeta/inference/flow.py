@@ -8,16 +8,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from varmeta.checked import Checked, Count, Positive
 from varmeta.inference.energy import Energy, as_energy
 from varmeta.inference.linear import CG, LinearSolver, default_tolerance
-from varmeta.inference.minimise import Minimum, check_budget, goal_norm
+from varmeta.inference.minimise import Minimum, Tolerance, goal_norm
 
 _WRONG, _RIGHT = 0.25, 0.1  # error of a step's linear model, relative to the gradient
 _FORCING = 0.01  # loosest residual of a step's system
 
 
 @dataclass(frozen=True, eq=False)
-class GradientFlow:
+class GradientFlow(Checked):
     """Follow dz/dt = −∇E to where it rests, θ = scale · z, with implicit steps in time.
 
     Pseudo-transient continuation (Kelley & Keyes 1998, Convergence Analysis of Pseudo-Transient
@@ -49,16 +50,14 @@ class GradientFlow:
         [[1.0], [-1.0]]
     """
 
-    scale: float | Tensor = 1.0
-    longest: float = 0.1
-    max_iterations: int = 300
-    tolerance: float | None = None
+    scale: Positive | Tensor = 1.0
+    longest: Positive = 0.1
+    max_iterations: Count = 300
+    tolerance: Tolerance | None = None
     solver: LinearSolver = field(default_factory=lambda: CG(max_iterations=50))
 
     def __post_init__(self) -> None:
-        check_budget(self.max_iterations, self.tolerance)
-        if not self.longest > 0:
-            raise ValueError(f"longest must be positive, got {self.longest}")
+        super().__post_init__()
         if not bool((torch.as_tensor(self.scale) > 0).all()):
             raise ValueError(f"scale must be positive, got {self.scale}")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from varmeta.checked import Count, Positive
 from varmeta.inference.chain import Chain, Slope
 from varmeta.inference.estimators import Attached, Path, Weighted, on_loc
 from varmeta.inference.pilot import eigh
@@ -37,14 +38,8 @@ class CurvatureGated(Weighted):
             eigenvalue of ∇²E below slowest · λ counts as that.
     """
 
-    rank: int | None = None
-    slowest: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"rank must be at least 1 or None, got {self.rank}")
-        if self.slowest <= 0:
-            raise ValueError(f"slowest must be positive, got {self.slowest}")
+    rank: Count | None = None
+    slowest: Positive = 1.0
 
     def path(self, chain: Chain) -> Path:
         """See `Weighted.path`."""

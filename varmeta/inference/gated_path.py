@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from varmeta.checked import Count, Positive
 from varmeta.inference.chain import Chain, Slope
 from varmeta.inference.estimators import Pathwise, State, others_mean
 from varmeta.inference.gated import gate, inner, orthonormal, prior_rate
@@ -35,17 +36,11 @@ class GatedPathwise(Pathwise):
         slowest: the slowest contraction that is followed in V, as a multiple of the prior's own.
     """
 
-    rank: int = 2
-    slowest: float = 1.0
+    rank: Count = 2
+    slowest: Positive = 1.0
 
     needs_noise: ClassVar[bool] = True
     remembers: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
-        if self.slowest <= 0:
-            raise ValueError(f"slowest must be positive, got {self.slowest}")
 
     def begin(self, chain: Chain) -> State:
         """See `Pathwise.begin`; with random directions."""

@@ -53,11 +53,16 @@ class IterateTest:
         """The step size now, from its first value."""
         tail = max(self.steps // 4, 1)
         end = decayed(1.0, max(state.step - (self.steps - tail), 0), tail)
-        return float(base * 0.5 ** _trail_count(state)[4] * end)
+        return float(base * 0.5 ** _read(state)[4] * end)
+
+    def judges_next(self, state: State) -> bool:
+        """Whether the next iterate is the last of a segment, after which alone a run can arrive."""
+        inside, block, size, *_ = _read(state)
+        return inside + 1 == size and block + 1 == _BLOCKS
 
     def shorten(self, state: State) -> None:
         """Halve the step size and begin a new stretch: the last one led where nothing is finite."""
-        count = _trail_count(state)
+        count = _written(state)
         count[:] = 0, 0, count[2], 0, count[4] + 1
         for name in ("trail", "trail_sum"):
             state.tensors[name].zero_()
@@ -69,7 +74,7 @@ class IterateTest:
             The average of the last segment where steps of this size have done what they can, else
             None; and whether the run has arrived there.
         """
-        tensors, count = state.tensors, _trail_count(state)
+        tensors, count = state.tensors, _written(state)
         inside, block, size, before, halvings = count
         tensors["trail"][1, block] += _watched(values, tensors["trail"].shape[-1]) / size
         tensors["trail_sum"][1] += values
@@ -107,9 +112,14 @@ class IterateTest:
         return bool(same & (error.max() <= self.tolerance))
 
 
-def _trail_count(state: State) -> list[int]:
+def _read(state: State) -> list[int]:
     """Steps in this block, blocks in this segment, steps a block (now, before), halvings."""
-    return state.counts.setdefault("trail", [0, 0, _FIRST_BLOCK, 0, 0])
+    return state.counts.get("trail", [0, 0, _FIRST_BLOCK, 0, 0])
+
+
+def _written(state: State) -> list[int]:
+    """The same, to be changed in place."""
+    return state.counts.setdefault("trail", _read(state))
 
 
 def _watched(values: Tensor, count: int) -> Tensor:

@@ -16,12 +16,14 @@ worst conditioned q_i.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
+from varmeta.checked import Count, Positive, Within
 from varmeta.inference.base import (
     Batch,
     Meta,
@@ -101,41 +103,30 @@ class JointVariational(Strategy):
     keeps_posteriors: ClassVar[bool] = True
 
     q: Kind | Literal["auto"] = "auto"
-    rank: int = 2
-    steps: int = 1000
-    tolerance: float | None = None
+    rank: Count = 2
+    steps: Count = 1000
+    tolerance: Positive | None = None
     q_update: Literal["auto", "solve", "gradient"] = "auto"
-    learning_rate: float = 0.05
+    learning_rate: Positive = 0.05
     expectation: Literal["auto", "quadrature", "draws", "cubature"] = "auto"
-    samples: int = 8
-    batch_rows: int | None = None
+    samples: Annotated[int, Within(2)] = 8
+    batch_rows: Count | None = None
     parametrisation: Literal["plain", "whitened"] = "plain"
     shift: bool = False
     prior_update: Literal["auto", "quasi-newton", "gradient", "closed_form"] = "auto"
     learn_loc: bool = True
     learn_scale: bool | None = None
     resets: Reset | None = None
-    adapt_steps: int = 500
+    adapt_steps: Count = 500
 
     def __post_init__(self) -> None:
-        for field, allowed in _CHOICES.items():
-            if getattr(self, field) not in allowed:
-                known = ", ".join(map(repr, allowed))
-                raise ValueError(f"{field} must be one of {known}, got {getattr(self, field)!r}")
+        super().__post_init__()
         if self.q == "delta" and self.learn_scale:
             raise ValueError(no_scales_with_points("q='diagonal'"))
-        if self.samples < 2 or self.samples % 2:
+        if self.samples % 2:
             raise ValueError(
                 f"samples must be an even number (antithetic pairs), got {self.samples}"
             )
-        for field in ("rank", "batch_rows"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise ValueError(f"{field} must be at least 1, got {value}")
-        for field in ("steps", "tolerance", "learning_rate"):
-            value = getattr(self, field)
-            if value is not None and not value > 0:
-                raise ValueError(f"{field} must be positive, got {value}")
         moving = self.shift or self.parametrisation == "whitened"
         if moving and self.prior_update == "closed_form":
             raise ValueError(
@@ -259,21 +250,18 @@ class JointVariational(Strategy):
         """One step on the prior and on the batch's q_i."""
         if self.q_update == "solve":
             return self._solve_step(density, state, batch)
-        if self.resets and state.step in self.resets.times(self.steps):
-            which = self.resets.which(self.resets.times(self.steps).index(state.step))
-            reset(state.tensors, which, self._start(state.meta), self.resets.amount)
-            if self.prior_update == "closed_form":
-                self._count_again(state)
-        info = self._descend(density, state, batch, generator, self._rates(state, batch), True)
-        if self.resets is None:
-            self._look_at_iterates(state, batch)
-            if state.arrived and len(batch.tasks) == batch.total:
-                # The prior stands at an average; the q_i are left where their last noise took them.
-                for step in range(_REST):
-                    rate = decayed(self.learning_rate, step, _REST)
-                    rates = state.tensors["visits"].new_full((len(batch.tasks),), rate)
-                    more = self._descend(density, state, batch, generator, rates, False)
-                    info.gradients += more.gradients
+        times = self.resets.times(self.steps) if self.resets else ()
+        whole = len(batch.tasks) == batch.total
+        ends = self.resets is None and whole and self._test.judges_next(state)
+        # Elsewhere the model has been evaluated for the last time when the state is changed.
+        with state.unless_it_fails() if ends or state.step in times else nullcontext():
+            if self.resets and state.step in times:
+                self._reset(state, self.resets, times.index(state.step))
+            info = self._descend(density, state, batch, generator, self._rates(state, batch), True)
+            if self.resets is None:
+                self._look_at_iterates(state, batch)
+                if state.arrived and whole:
+                    info.gradients += self._come_to_rest(density, state, batch, generator)
         return info
 
     def adapt(
@@ -548,15 +536,34 @@ class JointVariational(Strategy):
         count = len(batch.tasks) * (1 if points is None else len(points))
         return StepInfo(float(total.detach()), count, {"grad_norm": own.norm(dim=-1)})
 
+    def _reset(self, state: State, resets: Reset, number: int) -> None:
+        rows = state.tensors["rows"]
+        which = resets.which(number, len(rows)).to(rows.device)
+        reset(state.tensors, which, self._start(state.meta), resets.amount)
+        if self.prior_update == "closed_form":
+            self._count_again(state)
+
+    def _come_to_rest(
+        self, density: Density, state: State, batch: Batch, generator: torch.Generator
+    ) -> int:
+        """Steps of the q_i alone: the prior is at an average, they where their last noise led.
+
+        Returned are the gradients that this took.
+        """
+        spent = 0
+        for step in range(_REST):
+            rate = decayed(self.learning_rate, step, _REST)
+            rates = state.tensors["visits"].new_full((len(batch.tasks),), rate)
+            spent += self._descend(density, state, batch, generator, rates, False).gradients
+        return spent
+
     def _rates(self, state: State, batch: Batch) -> Tensor:
         """The learning rate of each task's q_i, `[B]`: its cosine begins again at its resets."""
         rows, step = state.tensors["rows"], state.step
         if self.resets is None:
             return rows.new_full((len(batch.index),), self._rate(state))
-        turns = range(self.resets.turns)
-        phases = [self.resets.phase(step, self.steps, task) for task in turns]
-        each = rows.new_tensor([decayed(self.learning_rate, phase, 1) for phase in phases])
-        return each[batch.index.to(rows.device) % len(turns)]
+        phases = self.resets.phases(step, self.steps, len(rows))[batch.index.cpu()]
+        return (0.5 * self.learning_rate * (1 + torch.cos(math.pi * phases))).to(rows)
 
     def _rate(self, state: State) -> float:
         """The prior's learning rate now."""
@@ -599,13 +606,6 @@ def _moments(meta: Meta, q: GaussianQ) -> dict[str, Tensor]:
     return sums
 
 
-_CHOICES = {
-    "q": ("auto", "delta", "diagonal", "low_rank", "full"),
-    "q_update": ("auto", "solve", "gradient"),
-    "expectation": ("auto", "quadrature", "draws", "cubature"),
-    "parametrisation": ("plain", "whitened"),
-    "prior_update": ("auto", "quasi-newton", "gradient", "closed_form"),
-}
 _REST = 200  # steps of the q_i alone once θ0 and Σ have arrived by noisy steps
 _ENOUGH = 30  # tasks in a batch from which a closed form may take the first steps
 _BEGIN = 3  # steps in closed form before the quasi-Newton method

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from varmeta.checked import Checked, Count
 from varmeta.inference.energy import Energy, as_energy
-from varmeta.inference.linear import check_count, default_tolerance
-from varmeta.inference.minimise import Minimum, check_budget, goal_norm
+from varmeta.inference.linear import default_tolerance
+from varmeta.inference.minimise import Minimum, Tolerance, goal_norm
 
 _TRIALS = 40  # doublings or halvings of one line search
 _ARMIJO = 1e-4
@@ -18,7 +19,7 @@ _WOLFE = 0.9
 
 
 @dataclass(frozen=True)
-class LBFGS:
+class LBFGS(Checked):
     """Limited-memory BFGS with a line search that ends at a weak Wolfe point, all tasks at once.
 
     (Liu & Nocedal 1989, On the limited memory BFGS method; the two-loop recursion of Nocedal &
@@ -45,18 +46,17 @@ class LBFGS:
         ([[3.0], [3.0]], [True, True])
     """
 
-    max_iterations: int = 100
-    tolerance: float | None = None
-    history: int = 10
+    max_iterations: Count = 100
+    tolerance: Tolerance | None = None
+    history: Count = 10
 
     def __post_init__(self) -> None:
-        check_budget(self.max_iterations, self.tolerance)
+        super().__post_init__()
         if self.tolerance == 0:
             raise ValueError(
                 "tolerance must not be 0: a line search has no fixed budget. Use GradientDescent "
                 "for one, or leave tolerance None"
             )
-        check_count("history", self.history, "each is one remembered step per task; 10 is usual")
 
     def minimise(self, energy: Energy | Callable[[Tensor], Tensor], start: Tensor) -> Minimum:
         """See `Minimiser.minimise`."""

@@ -9,15 +9,27 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from numbers import Integral
-from typing import Protocol
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from varmeta.checked import Checked, Within
+from varmeta.models.prior import GaussianPrior
 from varmeta.models.programs import Derivative
 
 MatVec = Callable[[Tensor], Tensor]
+
+
+Iterations = Annotated[int, Within(1, why="0 would return x = 0 whatever b is")]
+SolveTolerance = Annotated[
+    float,
+    Within(
+        0,
+        why="leave it out for a default that fits the data type, or give 0 for exactly "
+        "max_iterations iterations",
+    ),
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,8 +83,17 @@ class Preconditioner(Protocol):
         ...
 
 
+@runtime_checkable
+class NeedsPrior(Protocol):
+    """A solver or preconditioner that has to be told the prior in A = H + Λ."""
+
+    def given(self, prior: GaussianPrior) -> Any:
+        """The solver (or preconditioner) for this prior."""
+        ...
+
+
 @dataclass(frozen=True)
-class CG:
+class CG(Checked):
     """Conjugate gradients for symmetric positive definite operators (Hestenes & Stiefel 1952).
 
     Each task stops on its own: at its tolerance, at the iteration cap, or where it meets negative
@@ -91,12 +112,9 @@ class CG:
             the system as given. It must be positive definite: where rᵀM⁻¹r ≤ 0 the task stops.
     """
 
-    max_iterations: int = 100
-    tolerance: float | None = None
-    preconditioner: Preconditioner | None = None
-
-    def __post_init__(self) -> None:
-        check_stopping(self.max_iterations, self.tolerance)
+    max_iterations: Iterations = 100
+    tolerance: SolveTolerance | None = None
+    preconditioner: Preconditioner | NeedsPrior | None = None
 
     def solve(self, matvec: MatVec, b: Tensor, tolerance: Tensor | None = None) -> Solution:
         """See `LinearSolver.solve`."""
@@ -105,6 +123,11 @@ class CG:
         x, r = 0 * b, b  # 0, but NaN where b is not finite
         inverse: MatVec = _identity
         products = 0
+        if isinstance(self.preconditioner, NeedsPrior):
+            raise ValueError(
+                f"the preconditioner {self.preconditioner!r} has to be told the prior first: solve "
+                "through prox on an energy that has one, or take Nystrom"
+            )
         if self.preconditioner is not None:
             inverse, products = self.preconditioner.prepare(matvec, b)
         p = z = inverse(r)
@@ -130,7 +153,7 @@ class CG:
 
 
 @dataclass(frozen=True)
-class Neumann:
+class Neumann(Checked):
     """The Neumann series, x = α Σ_{k<K} (I − αA)^k b, cut off after K terms.
 
     It is K steps of Richardson's iteration from 0 (of gradient descent on ½xᵀAx − bᵀx), so that
@@ -151,16 +174,16 @@ class Neumann:
             the Hessian of an energy).
     """
 
-    terms: int
-    step_size: float
-
-    def __post_init__(self) -> None:
-        check_count("terms", self.terms, "1 is one-step differentiation")
-        if not 0 < self.step_size < float("inf"):
-            raise ValueError(
-                f"step_size must be finite and above 0, got {self.step_size}; the series converges "
-                "below 2 over the largest eigenvalue of A, so give 1 over a bound on it"
-            )
+    terms: Annotated[int, Within(1, why="1 is one-step differentiation")]
+    step_size: Annotated[
+        float,
+        Within(
+            0,
+            above=True,
+            why="the series converges below 2 over the largest eigenvalue of A, so give 1 over a "
+            "bound on it",
+        ),
+    ]
 
     def solve(self, matvec: MatVec, b: Tensor, tolerance: Tensor | None = None) -> Solution:
         """See `LinearSolver.solve`; `tolerance` is ignored."""
@@ -182,7 +205,7 @@ class Neumann:
 
 
 @dataclass(frozen=True)
-class Cholesky:
+class Cholesky(Checked):
     """A dense solve for small D: D products with the unit vectors, then a Cholesky factor.
 
     The matrix is symmetrised, ½(A + Aᵀ). A task where the factor does not exist is not positive
@@ -195,10 +218,7 @@ class Cholesky:
         limit: largest D, at least 1: `[T, D, D]` numbers are held, three times over.
     """
 
-    limit: int = 500
-
-    def __post_init__(self) -> None:
-        check_count("limit", self.limit, "it is the largest D to be solved densely")
+    limit: Annotated[int, Within(1, why="it is the largest D to be solved densely")] = 500
 
     def solve(self, matvec: MatVec, b: Tensor, tolerance: Tensor | None = None) -> Solution:
         """See `LinearSolver.solve`; `tolerance` is ignored.
@@ -297,22 +317,6 @@ def check_shape(b: Tensor) -> None:
             f"b must be [T, D], a row for each task, got the shape {list(b.shape)}; "
             "one system alone is b[None]"
         )
-
-
-def check_stopping(max_iterations: int, tolerance: float | None) -> None:
-    """The fields that iterative solvers share."""
-    check_count("max_iterations", max_iterations, "0 would return x = 0 whatever b is")
-    if tolerance is not None and not 0 <= tolerance < float("inf"):
-        raise ValueError(
-            f"tolerance must be finite and at least 0, got {tolerance}; leave it out for a default "
-            "that fits the data type, or give 0 for exactly max_iterations iterations"
-        )
-
-
-def check_count(name: str, value: int, why: str) -> None:
-    """A whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}; {why}")
 
 
 def _identity(v: Tensor) -> Tensor:

@@ -13,14 +13,16 @@ solve each. Both go on through θ* and φ by third derivatives of f (`third.py`)
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from varmeta.checked import Checked, Within
 from varmeta.inference.energy import FunctionEnergy, TaskEnergy
 from varmeta.inference.lanczos import eigen, fold, log_quadrature, probes
 from varmeta.inference.laplace import MAX_DIM, hessian
-from varmeta.inference.linear import CG, LinearSolver, MatVec, check_count
+from varmeta.inference.linear import CG, LinearSolver, MatVec
 from varmeta.inference.third import bent
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
@@ -50,7 +52,7 @@ class LogDetInfo:
 
 
 @dataclass(frozen=True)
-class LogDet:
+class LogDet(Checked):
     """How log-determinants and traces of the curvature are found.
 
     Attributes:
@@ -64,14 +66,9 @@ class LogDet:
         ValueError: a number that is not a whole number of at least 1.
     """
 
-    probes: int | None = None
-    lanczos_steps: int = 20
+    probes: Annotated[int, Within(1, why="leave it None for the automatic choice")] | None = None
+    lanczos_steps: Annotated[int, Within(1, why="one step sees a single moment of A")] = 20
     solver: LinearSolver = field(default_factory=CG)
-
-    def __post_init__(self) -> None:
-        if self.probes is not None:
-            check_count("probes", self.probes, "leave it None for the automatic choice")
-        check_count("lanczos_steps", self.lanczos_steps, "one step sees a single moment of A")
 
     def is_dense(self, dim: int) -> bool:
         """Whether the whole matrix is computed, and nothing is random."""

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from varmeta.checked import Count, Positive
 from varmeta.inference.base import Batch, State, update
 from varmeta.inference.energy import TaskEnergy
 from varmeta.inference.metagradient import MetaGradient
@@ -57,7 +58,7 @@ class MAML(MetaGradient):
     learn_scale: bool = False
     minimiser: FirstOrder = field(default_factory=lambda: _steps(0.01, 5))
     with_prior: bool = False
-    checkpoint: int | None = None
+    checkpoint: Count | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -181,9 +182,9 @@ class Reptile(MAML):
         shared_learning_rate: of Adam on φ.
     """
 
-    learning_rate: float = 0.5
+    learning_rate: Positive = 0.5
     minimiser: FirstOrder = field(default_factory=lambda: _steps(0.003, 50))
-    shared_learning_rate: float = 0.05
+    shared_learning_rate: Positive = 0.05
 
     def __post_init__(self) -> None:
         super().__post_init__()

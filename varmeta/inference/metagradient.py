@@ -6,11 +6,12 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, Self
+from typing import Annotated, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from varmeta.checked import Count, Positive, Within
 from varmeta.inference.base import (
     Batch,
     Meta,
@@ -78,28 +79,19 @@ class MetaGradient(Strategy):
         ValueError: a number that is not positive; both of the last two; another optimiser.
     """
 
-    steps: int = 200
+    steps: Count = 200
     optimiser: Literal["auto", "quasi-newton", "adam"] = "auto"
-    tolerance: float | None = None
-    learning_rate: float = 0.05
-    clip: float | None = None
-    skip: float = 0.05
+    tolerance: Positive | None = None
+    learning_rate: Positive = 0.05
+    clip: Positive | None = None
+    skip: Annotated[float, Within(0, 1, below=True)] = 0.05
     learn_scale: bool = True
-    folds: int | None = 5
-    tasks_at_once: int | None = None
-    memory: float | None = None
+    folds: Annotated[int, Within(2)] | None = 5
+    tasks_at_once: Count | None = None
+    memory: Positive | None = None
 
     def __post_init__(self) -> None:
-        if self.optimiser not in ("auto", "quasi-newton", "adam"):
-            raise ValueError(
-                f"optimiser must be 'auto', 'quasi-newton' or 'adam', got {self.optimiser!r}"
-            )
-        for name in ("steps", "tolerance", "learning_rate", "clip", "tasks_at_once", "memory"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        if not 0 <= self.skip < 1:
-            raise ValueError(f"skip must lie in [0, 1), got {self.skip}")
+        super().__post_init__()
         if self.tasks_at_once is not None and self.memory is not None:
             raise ValueError("give tasks_at_once or memory, not both")
 
@@ -267,7 +259,7 @@ class MetaGradient(Strategy):
             return self.evaluate(density, state, part, generator.set_state(seed))
 
         count = len(batch.tasks)
-        skipped = state.counts.setdefault("skipped", [0, 0])
+        skipped = state.counts.get("skipped", [0, 0])
         try:
             found, bad = evaluate(list(range(count))), list[int]()
         except NonFiniteLoss as error:
@@ -281,7 +273,7 @@ class MetaGradient(Strategy):
                 ) from error
             found = evaluate([i for i in range(count) if i not in bad])
             state.cache.setdefault("skipped", []).extend(batch.tasks.names[i] for i in bad)
-        skipped[:] = skipped[0] + len(bad), skipped[1] + count
+        state.counts["skipped"] = [skipped[0] + len(bad), skipped[1] + count]
         return found
 
     def rows_inside(self, tasks: Tasks) -> Tasks:

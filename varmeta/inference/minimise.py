@@ -6,12 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from varmeta.checked import Checked, Count, Positive, Within
 from varmeta.inference.energy import Energy, as_energy
 from varmeta.inference.linear import default_tolerance
 from varmeta.inference.pace import Pace, length_of
@@ -72,6 +73,21 @@ class Path:
     cut: Tensor | None = None
 
 
+Tolerance = Annotated[
+    float, Within(0, why="0 is exactly max_iterations, None what the data type can reach")
+]
+Clip = Annotated[
+    float,
+    Within(
+        0,
+        above=True,
+        why="it is the longest step in standard deviations of the prior, and None leaves steps as "
+        "they are",
+    ),
+]
+Decay = Annotated[float, Within(0, 1, below=True)]
+
+
 class Minimiser(Protocol):
     """Anything that minimises `energy: [T, D] → [T]` nats from `start` `[T, D]`."""
 
@@ -80,7 +96,7 @@ class Minimiser(Protocol):
         ...
 
 
-class FirstOrder(ABC):
+class FirstOrder(Checked, ABC):
     """A minimiser whose steps are functions of the gradients so far, and so can be unrolled.
 
     Attributes:
@@ -98,23 +114,11 @@ class FirstOrder(ABC):
             is none either.
     """
 
-    step_size: float | Tensor
-    max_iterations: int
-    tolerance: float | None
+    step_size: Positive | Tensor
+    max_iterations: Count
+    tolerance: Tolerance | None
     precision: Precision
-    clip: float | None
-
-    def __post_init__(self) -> None:
-        if self.precision not in ("full", "tf32", "bf16"):
-            raise ValueError(f"precision must be 'full', 'tf32' or 'bf16', got {self.precision!r}")
-        if not isinstance(self.step_size, Tensor) and not 0 < self.step_size < float("inf"):
-            raise ValueError(f"step_size must be positive and finite, got {self.step_size}")
-        if self.clip is not None and not 0 < self.clip < float("inf"):
-            raise ValueError(
-                f"clip must be positive and finite, got {self.clip}; it is the longest step in "
-                "standard deviations of the prior, and None leaves steps as they are"
-            )
-        check_budget(self.max_iterations, self.tolerance)
+    clip: Clip | None
 
     @abstractmethod
     def begin(self, theta: Tensor) -> Memory:
@@ -293,21 +297,14 @@ class GradientDescent(FirstOrder):
         ValueError: a field out of its range; steps in prior units, and the energy has no prior.
     """
 
-    step_size: float | Tensor
-    max_iterations: int = 16
-    tolerance: float | None = None
-    momentum: float = 0.0
+    step_size: Positive | Tensor
+    max_iterations: Count = 16
+    tolerance: Tolerance | None = None
+    momentum: Annotated[float, Within(0, 1, below=True)] = 0.0
     precision: Precision = "full"
     reduction: Literal["mean", "sum"] = "mean"
     in_prior_units: bool = False
-    clip: float | None = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be at least 0 and below 1, got {self.momentum}")
-        if self.reduction not in ("mean", "sum"):
-            raise ValueError(f"reduction must be 'mean' or 'sum', got {self.reduction!r}")
+    clip: Clip | None = 1.0
 
     @property
     def uniform(self) -> bool:
@@ -386,20 +383,13 @@ class Adam(FirstOrder):
         clip: see `FirstOrder`.
     """
 
-    step_size: float | Tensor = 0.1
-    max_iterations: int = 100
-    tolerance: float | None = None
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
+    step_size: Positive | Tensor = 0.1
+    max_iterations: Count = 100
+    tolerance: Tolerance | None = None
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: Positive = 1e-8
     precision: Precision = "full"
-    clip: float | None = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not all(0 <= b < 1 for b in self.betas) or self.eps <= 0:
-            raise ValueError(
-                f"betas must lie in [0, 1) and eps be positive, got {self.betas} and {self.eps}"
-            )
+    clip: Clip | None = 1.0
 
     def begin(self, theta: Tensor) -> Memory:
         """Averages of the gradient and of its square."""
@@ -463,14 +453,3 @@ def goal_norm(norm: Tensor, tolerance: float | None, dtype: torch.dtype) -> Tens
             "it None, or use float64 data"
         )
     return relative * (1 + norm)
-
-
-def check_budget(max_iterations: int, tolerance: float | None) -> None:
-    """Raise a ValueError unless these can be a cap and a tolerance."""
-    if max_iterations < 1:
-        raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
-    if tolerance is not None and not 0 <= tolerance < float("inf"):
-        raise ValueError(
-            f"tolerance must not be negative, got {tolerance}; 0 is exactly max_iterations, None "
-            "what the data type can reach"
-        )

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from varmeta.checked import Checked
 from varmeta.inference.linear import (
+    Iterations,
     MatVec,
     Solution,
-    check_stopping,
+    SolveTolerance,
     default_tolerance,
     norm,
     relative,
@@ -20,7 +22,7 @@ from varmeta.inference.linear import (
 
 
 @dataclass(frozen=True)
-class MINRES:
+class MINRES(Checked):
     """MINRES (Paige & Saunders 1975, Solution of Sparse Indefinite Systems of Linear Equations).
 
     For symmetric operators, positive definite or not: of all x in the Krylov space the one with
@@ -51,11 +53,8 @@ class MINRES:
             tolerance given to `solve`, is kept as it is.
     """
 
-    max_iterations: int = 100
-    tolerance: float | None = None
-
-    def __post_init__(self) -> None:
-        check_stopping(self.max_iterations, self.tolerance)
+    max_iterations: Iterations = 100
+    tolerance: SolveTolerance | None = None
 
     def solve(self, matvec: MatVec, b: Tensor, tolerance: Tensor | None = None) -> Solution:
         """See `LinearSolver.solve`."""

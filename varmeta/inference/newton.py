@@ -9,10 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from varmeta.inference.approximate import NeedsPrior, bound
+from varmeta.checked import Checked, Count
+from varmeta.inference.approximate import bound
 from varmeta.inference.energy import Energy, as_energy
-from varmeta.inference.linear import CG, LinearSolver, default_tolerance
-from varmeta.inference.minimise import Minimum, check_budget, goal_norm
+from varmeta.inference.linear import CG, LinearSolver, NeedsPrior, default_tolerance
+from varmeta.inference.minimise import Minimum, Tolerance, goal_norm
 from varmeta.models.programs import Linearised
 
 Curvature = Literal["hessian", "gauss_newton"]
@@ -25,7 +26,7 @@ _FORCING = 0.01  # loosest residual of a Newton system: a product is cheap besid
 
 
 @dataclass(frozen=True)
-class NewtonCG:
+class NewtonCG(Checked):
     """Truncated Newton with conjugate gradients and a backtracking line search.
 
     (Nocedal & Wright, Numerical Optimization, 2006, algorithm 7.1; the iMAML paper's Hessian-free
@@ -46,14 +47,13 @@ class NewtonCG:
             down, but convergence is linear where the model bends.
     """
 
-    max_iterations: int = 100
-    tolerance: float | None = None
+    max_iterations: Count = 100
+    tolerance: Tolerance | None = None
     solver: LinearSolver | NeedsPrior = field(default_factory=lambda: CG(max_iterations=50))
     curvature: Curvature = "hessian"
 
     def __post_init__(self) -> None:
-        check_budget(self.max_iterations, self.tolerance)
-        check_curvature(self.curvature)
+        super().__post_init__()
         if self.tolerance == 0:
             raise ValueError(
                 "tolerance must not be 0: a line search has no fixed budget. Use GradientDescent "
@@ -137,9 +137,3 @@ def _decreased(
     level = (new.value - value).abs() <= flat * (1 + value.abs())
     smaller = _beyond(new.grad.detach(), floor) < norm
     return (level & smaller) | (new.value <= value + _ARMIJO * expected)
-
-
-def check_curvature(curvature: str) -> None:
-    """Raise a ValueError unless it is one of the two."""
-    if curvature not in ("hessian", "gauss_newton"):
-        raise ValueError(f"curvature must be 'hessian' or 'gauss_newton', got {curvature!r}")

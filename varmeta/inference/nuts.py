@@ -9,24 +9,23 @@ by p(y|θ, φ) p(θ|θ0, Σ) / q(θ); this includes what the new task itself say
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pyro import poutine
-from pyro.infer import NUTS
 from pyro.ops.stats import split_gelman_rubin
 from torch import Tensor
 
+from varmeta.checked import Count, Within
 from varmeta.inference.base import Batch, Meta, State, StepInfo, Strategy, check_finite
 from varmeta.inference.fit import fit
 from varmeta.inference.joint import JointVariational
 from varmeta.inference.laplace import laplace_scale
 from varmeta.inference.newton import NewtonCG
-from varmeta.models.capture import CapturedGradient
+from varmeta.inference.nuts_kernel import Kernel
 from varmeta.models.density import Density
-from varmeta.models.hierarchy import hierarchy
 from varmeta.models.prior import GaussianPrior
 from varmeta.models.sites import pyro_untouched, validation_off
 from varmeta.posterior import Draws, TaskPosterior
@@ -34,7 +33,7 @@ from varmeta.seeds import global_rng
 from varmeta.tasks import Tasks, TaskSource
 
 _QUICK_STEPS = 400
-_MAX_DIM = 3000
+_CHAIN = ("position", "slope", "energy", "adaptation", "count")  # see `Kernel`
 _JUDGED = 100  # draws per chain from which R-hat is worth reading
 _MIXED = 1.05
 _FREEDOM = 5  # degrees of freedom of the proposals: tails heavier than any posterior met here
@@ -44,8 +43,6 @@ _FREEDOM = 5  # degrees of freedom of the proposals: tails heavier than any post
 class PyroNUTS(Strategy):
     """NUTS on the hierarchical model, one chain after the other, one transition a step.
 
-    Interrupted runs keep their draws; a chain resumed from a checkpoint goes on from its last
-    position with the step size that it had, or warms up again if it had not finished doing so.
     A split R-hat above 1.05 (Gelman et al., 2013, Bayesian Data Analysis) of θ0, a scale or φ is
     warned of, where there are two chains of 100 draws or more.
 
@@ -54,15 +51,16 @@ class PyroNUTS(Strategy):
         warmup: transitions per chain in which the step size adapts.
         chains: number of chains.
         target_accept: acceptance probability that the step size aims at. The mass matrix is dense
-            and fixed: the inverse curvature at a quick Gaussian fit, where each chain starts.
+            and fixed: the inverse curvature at a quick Gaussian fit. Each chain starts at a draw
+            of the Gaussian with that mean and covariance.
         proposals: per hyperparameter draw and new task.
     """
 
-    draws: int = 300
-    warmup: int = 100
-    chains: int = 2
-    target_accept: float = 0.8
-    proposals: int = 10
+    draws: Count = 300
+    warmup: Annotated[int, Within(0)] = 100
+    chains: Count = 2
+    target_accept: Annotated[float, Within(0, 1, above=True, below=True)] = 0.8
+    proposals: Count = 10
 
     @property
     def num_steps(self) -> int:
@@ -115,26 +113,32 @@ class PyroNUTS(Strategy):
     ) -> StepInfo:
         """One transition of the current chain."""
         batch.require_all("PyroNUTS")
-        chain, position = divmod(state.step, self.warmup + self.draws)
-        counter = state.cache.setdefault("counter", [0])  # batched gradients
-        before = counter[0]
+        row, position = divmod(state.step, self.warmup + self.draws)
+        row = row * self.draws + position - self.warmup
+        kept, kernel = state.tensors, state.cache.get("kernel")
         with pyro_untouched(), validation_off(), global_rng(generator):
-            if position == 0 or "kernel" not in state.cache:
-                self._start(density, state, batch.tasks, position)
-            kernel = state.cache["kernel"]
-            divergences = len(kernel._divergences)
-            z = kernel.sample(state.cache["z"])
-            state.cache["z"] = z
-            state.tensors["position"] = torch.cat([v.detach().reshape(-1) for v in z.values()])
-            state.tensors["step_size"] = torch.tensor(float(kernel.step_size), dtype=torch.float64)
-            if position >= self.warmup:
-                row = chain * self.draws + position - self.warmup
-                diverged = len(kernel._divergences) > divergences
-                self._keep(density, state, z, row, diverged)
-        if state.step + 1 == self.num_steps:
-            self._finish(state)
-        loss = float(kernel._potential_energy_last) / len(batch.tasks)
-        return StepInfo(loss, (counter[0] - before) * len(batch.tasks))
+            spent = 0 if kernel is None else kernel.count
+            kernel = kernel or self._kernel(density, state, batch.tasks)
+            if position == 0:
+                chain = kernel.begin()
+            else:
+                chain = {name: kept[f"chain_{name}"] for name in _CHAIN}
+            chain, diverged = kernel.transition(chain)
+            drawn = self._drawn(density, kernel, chain) if position >= self.warmup else None
+        # Nothing before this line changes the state: the model may have failed.
+        last = state.step + 1 == self.num_steps
+        with state.unless_it_fails() if last else nullcontext():  # a warning may be an error
+            state.cache["kernel"] = kernel
+            kept |= {"start": kernel.middle, "inverse_mass": kernel.inverse_mass}
+            kept |= {f"chain_{name}": value for name, value in chain.items()}
+            if drawn is not None:
+                for name, value in drawn.items():
+                    kept[name][row] = value
+                kept["diverging"][row] = diverged
+            if last:
+                self._finish(state)
+        count = len(batch.tasks)
+        return StepInfo(float(chain["energy"]) / count, (kernel.count - spent) * count)
 
     def adapt(
         self, density: Density, state: State, tasks: Tasks, generator: torch.Generator
@@ -200,118 +204,67 @@ class PyroNUTS(Strategy):
 
     # -- private ----------------------------------------------------------------------------------
 
-    def _start(self, density: Density, state: State, tasks: Tasks, position: int) -> None:
-        """A kernel at the start of a chain, or where a saved chain left off."""
-        centre = state.meta.origin.loc.expand(len(tasks), -1)
-        with torch.no_grad():  # Pyro would only say that it found no place to start
+    def _kernel(self, density: Density, state: State, tasks: Tasks) -> Kernel:
+        """The sampler, as it was when the run began."""
+        origin, kept = state.meta.origin, state.tensors
+        centre = origin.loc.expand(len(tasks), -1)
+        with torch.no_grad():
             losses = density.negative_log_likelihood(centre, tasks)
         check_finite(losses, tasks, state.step)
-        model = hierarchy(density, state.meta.origin, tasks)
-        kept = state.tensors
-        resumed = position >= max(self.warmup, 1)
-        kernel = NUTS(
-            model,
-            step_size=float(kept["step_size"]) if resumed else 0.1,
-            adapt_step_size=not resumed,
-            adapt_mass_matrix=False,
-            full_mass=True,
-            target_accept_prob=self.target_accept,
+        kernel = Kernel(density, origin, tasks)
+        resumed = "start" in kept
+        middle = kept["start"] if resumed else self._middle(density, origin, tasks, kernel)
+        belief = origin.hyperprior
+        assert belief is not None  # `hierarchy` insists on it
+        units = {f"shared_{site.name}": site.scale for site in density.shared_sites}
+        kernel.ready(
+            middle,
+            units | {"loc": belief.width},
+            kept.get("inverse_mass"),
+            warmup=self.warmup,
+            target_accept=self.target_accept,
         )
-        kernel.setup(0 if resumed else self.warmup - position)
-        potential = kernel.potential_fn
-        shapes = {n: v.shape for n, v in kernel.initial_params.items()}
-        flat = torch.cat([v.reshape(-1) for v in kernel.initial_params.values()])
-        flat = flat.to(state.meta.origin.loc)
-        if len(flat) > _MAX_DIM:
-            raise ValueError(
-                f"the hierarchy has {len(flat)} coordinates; PyroNUTS is a reference for problems "
-                f"of up to {_MAX_DIM} (it keeps a dense mass matrix). Leave tasks out, or leave "
-                "PyroNUTS out"
-            )
-        counter = state.cache["counter"]
-        program = state.cache.get("program") or CapturedGradient(
-            lambda *v: potential(dict(zip(shapes, v, strict=True))),
-            [*_split(flat, shapes).values()],
-        )
-
-        def counted(z: dict[str, Tensor]) -> Tensor:
-            counter[0] += 1
-            return program(*(z[name] for name in shapes))
-
         if resumed:
-            flat, inverse_mass = kept["position"], kept["inverse_mass"]
-        else:
-            flat = self._approximate(density, state, tasks, kernel)
-            units = self._units(density, state, shapes)
-            inverse_mass = _inverse_curvature(lambda v: counted(_split(v, shapes)), flat, units)
-            flat = flat + torch.linalg.cholesky(inverse_mass) @ torch.randn_like(flat)
-            kept["inverse_mass"] = inverse_mass
-        kernel.mass_matrix_adapter.inverse_mass_matrix = {
-            key: inverse_mass for key in kernel.inverse_mass_matrix
-        }
-        kernel.potential_fn = counted
-        z = _split(flat, shapes)
-        if not resumed:  # Pyro chose its first step size before it was given the mass matrix
-            kernel._adapter.reset_step_size_adaptation(z)
-        state.cache |= {"kernel": kernel, "z": z, "model": model, "program": program}
+            kernel.count = 0  # the run before has counted what making the sampler took
+        return kernel
 
-    def _approximate(self, density: Density, state: State, tasks: Tasks, kernel: NUTS) -> Tensor:
-        """Where a chain starts: the middle of a quick Gaussian fit of the same hierarchy.
+    def _middle(
+        self, density: Density, prior: GaussianPrior, tasks: Tasks, kernel: Kernel
+    ) -> Tensor:
+        """Where chains start: the middle of a quick Gaussian fit of the same hierarchy.
 
         The joint mode would not do: in these coordinates it lies at huge scales, without pooling.
         """
-        if "start" not in state.tensors:
-            # As many noisy steps as lead away from the prior, and not to scales of 0: no chain
-            # should begin there. What such a fit says of itself does not concern the user.
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)
-                quick = fit(
-                    JointVariational(q="diagonal", steps=_QUICK_STEPS),
-                    density,
-                    tasks,
-                    prior=state.meta.origin,
-                    progress=False,
-                )
-            state.cache["counter"][0] += quick.gradients // len(tasks)
-            prior, shared = quick.state.meta.fixed()
-            z = (quick.posterior().mean - prior.loc) / prior.scale
-            values = {"loc": prior.loc, "scale": prior.log_scale.exp(), "z": z}
-            for name, value in density.constrain_shared(shared).items():
-                values[f"shared_{name}"] = value
-            parts = [
-                kernel.transforms[n](values[n]) if n in kernel.transforms else values[n]
-                for n in kernel.initial_params
-            ]
-            state.tensors["start"] = torch.cat([p.reshape(-1) for p in parts])
-        return state.tensors["start"]
+        # As many noisy steps as lead away from the prior, and not to scales of 0: no chain should
+        # begin there. What such a fit says of itself does not concern the user.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            strategy = JointVariational(q="diagonal", steps=_QUICK_STEPS)
+            quick = fit(strategy, density, tasks, prior=prior, progress=False)
+        kernel.count += quick.gradients // len(tasks)
+        learned, shared = quick.state.meta.fixed()
+        z = (quick.posterior().mean - learned.loc) / learned.scale
+        values = {"loc": learned.loc, "scale": learned.log_scale.exp(), "z": z}
+        for name, value in density.constrain_shared(shared).items():
+            values[f"shared_{name}"] = value
+        return kernel.flat(values)
 
-    def _units(self, density: Density, state: State, shapes: dict[str, torch.Size]) -> Tensor:
-        """`[n]`: the prior's standard deviation of each of the kernel's coordinates."""
-        belief = state.meta.origin.hyperprior
-        assert belief is not None  # `hierarchy` insists on it
-        known = {f"shared_{site.name}": site.scale for site in density.shared_sites}
-        known["loc"] = belief.width
-        one = torch.ones_like(belief.width[:1])  # z, and about right for a log scale
-        return torch.cat([known.get(n, one.expand(s.numel())) for n, s in shapes.items()])
-
-    def _keep(
-        self, density: Density, state: State, z: dict[str, Tensor], row: int, diverged: bool
-    ) -> None:
-        kernel = state.cache["kernel"]
-        values = {
-            n: kernel.transforms[n].inv(v) if n in kernel.transforms else v for n, v in z.items()
-        }
-        conditioned = poutine.condition(state.cache["model"], data=values)
+    def _drawn(
+        self, density: Density, kernel: Kernel, chain: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """A draw as it is kept: every θ_i, θ0, the log scales and φ."""
+        values = kernel.constrained(chain)
+        conditioned = poutine.condition(kernel.model, data=values)
         with torch.no_grad():
             theta: Any = poutine.trace(conditioned).get_trace().nodes["theta"]["value"]
         shared = [s.unconstrain(values[f"shared_{s.name}"]) for s in density.shared_sites]
-        kept = state.tensors
-        kept["theta"][row] = theta
-        kept["loc"][row] = values["loc"]
-        kept["log_scale"][row] = values["scale"].log()
-        if shared:
-            kept["shared"][row] = torch.cat([s.reshape(-1) for s in shared])
-        kept["diverging"][row] = diverged
+        none = theta.new_zeros(0)
+        return {
+            "theta": theta,
+            "loc": values["loc"],
+            "log_scale": values["scale"].log(),
+            "shared": torch.cat([none, *(s.reshape(-1) for s in shared)]),
+        }
 
     def _finish(self, state: State) -> None:
         """θ0, scales and φ of the state: their posterior means."""
@@ -349,31 +302,3 @@ class PyroNUTS(Strategy):
                 RuntimeWarning,
                 stacklevel=4,
             )
-
-
-def _split(flat: Tensor, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """A flat vector to the kernel's dictionary, in the kernel's order."""
-    parts = flat.split([shape.numel() for shape in shapes.values()])
-    return {n: p.reshape(shapes[n]) for n, p in zip(shapes, parts, strict=True)}
-
-
-def _inverse_curvature(
-    potential: Callable[[Tensor], Tensor], position: Tensor, units: Tensor
-) -> Tensor:
-    """|∇²U|⁻¹ `[n, n]` at the start, by central differences of the recorded gradient.
-
-    In units of the prior's standard deviations `[n]` no curvature counts as less than 1: where the
-    likelihood happens to be flat or folded the posterior is still no wider than the prior.
-    """
-    width = 1e-4 if position.dtype == torch.float64 else 1e-2
-    rows = []
-    for step in torch.diag(width * units):
-        slopes = []
-        for moved in (position + step, position - step):
-            moved.requires_grad_()
-            slopes.append(torch.autograd.grad(potential(moved), moved)[0])
-        rows.append((slopes[0] - slopes[1]) * units / (2 * width))
-    dense = torch.stack(rows)
-    values, vectors = torch.linalg.eigh(0.5 * (dense + dense.T))
-    root = units[:, None] * vectors / values.abs().clamp(min=1.0).sqrt()
-    return root @ root.T

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from varmeta.checked import Checked, Seed, Within
 from varmeta.inference.linear import (
     MatVec,
     Solution,
-    check_count,
     check_shape,
     columns,
     norm,
@@ -25,7 +25,7 @@ Sketch = Literal["columns", "gaussian"]
 
 
 @dataclass(frozen=True, eq=False)
-class Nystrom:
+class Nystrom(Checked):
     """(H_k + ρI)⁻¹b by Woodbury's identity, H_k = HΩ(ΩᵀHΩ)⁺ΩᵀH from K products.
 
     The operator handed to `solve` is A = H + ρI, **with the shift in it**: in a MAP problem A is
@@ -64,13 +64,13 @@ class Nystrom:
             same Ω, on every device.
     """
 
-    rank: int
+    rank: Annotated[int, Within(1, why="it is the number of products with A")]
     shift: float | Tensor
     sketch: Sketch = "columns"
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        check_count("rank", self.rank, "it is the number of products with A")
+        super().__post_init__()
         shift = torch.as_tensor(self.shift)
         if shift.ndim > 2 or not bool(((shift > 0) & shift.isfinite()).all()):
             got = self.shift if shift.ndim == 0 else f"{list(shift.shape)} from {shift.min():.3g}"
@@ -78,11 +78,6 @@ class Nystrom:
                 f"shift must be positive and finite, a number, [D] or [T, D], got {got}; give the "
                 "multiple of the identity that A contains (the prior's precision), or use CG() or "
                 "MINRES() where there is none"
-            )
-        if self.sketch not in get_args(Sketch):
-            raise ValueError(
-                f"sketch must be one of {', '.join(map(repr, get_args(Sketch)))}, "
-                f"got {self.sketch!r}"
             )
 
     def solve(self, matvec: MatVec, b: Tensor, tolerance: Tensor | None = None) -> Solution:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from varmeta.checked import Count
 from varmeta.inference.base import Batch, Meta, State, StepInfo, Strategy, check_finite
 from varmeta.inference.joint import JointVariational
 from varmeta.inference.laplace import laplace_scale
@@ -48,7 +49,7 @@ class CompletePooling(Strategy):
     """
 
     minimiser: Minimiser = field(default_factory=NewtonCG)
-    draws: int = 1000
+    draws: Count = 1000
 
     @property
     def num_steps(self) -> int:
@@ -77,7 +78,8 @@ class CompletePooling(Strategy):
         generator: torch.Generator,
     ) -> State:
         """Nothing learned yet."""
-        meta = Meta.start(density, prior, learn_scale=False)
+        # Bounds are for scales that are learned; here Σ = 0, whatever they are.
+        meta = Meta.start(density, replace(prior, bounds=None), learn_scale=False)
         total = density.dim + density.shared_dim
         empty = torch.zeros(self.draws, total, dtype=prior.loc.dtype, device=prior.loc.device)
         return State(meta, tensors={"draws": empty})

@@ -19,12 +19,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from varmeta.inference.approximate import NeedsPrior, bound
+from varmeta.checked import Checked, Count, Positive
+from varmeta.inference.approximate import bound
 from varmeta.inference.energy import Energy, as_energy
-from varmeta.inference.linear import CG, Cholesky, LinearSolver, MatVec
+from varmeta.inference.linear import CG, Cholesky, LinearSolver, MatVec, NeedsPrior
 from varmeta.inference.minimise import FirstOrder, Minimiser, Minimum, led_away
 from varmeta.inference.minres import MINRES
-from varmeta.inference.newton import Curvature, NewtonCG, check_curvature
+from varmeta.inference.newton import Curvature, NewtonCG
 from varmeta.models.programs import Linearised
 
 
@@ -103,7 +104,7 @@ class Adjoint(Protocol):
 
 
 @dataclass(frozen=True)
-class Implicit:
+class Implicit(Checked):
     """The implicit function theorem, one batched linear solve in the backward pass.
 
     Attributes:
@@ -118,9 +119,6 @@ class Implicit:
 
     solver: LinearSolver | NeedsPrior = field(default_factory=CG)
     curvature: Curvature = "hessian"
-
-    def __post_init__(self) -> None:
-        check_curvature(self.curvature)
 
     def solve(self, energy: Energy, start: Tensor, minimiser: Minimiser) -> tuple[Tensor, ProxInfo]:
         """See `Adjoint.solve`."""
@@ -149,7 +147,7 @@ class Implicit:
 
 
 @dataclass(frozen=True)
-class OneStep:
+class OneStep(Checked):
     """One gradient step from θ*, differentiated: (∇²E)⁻¹ is taken to be step_size · I.
 
     (Bolte, Pauwels & Vaiter, 2023, One-step differentiation of iterative algorithms.) Costs one
@@ -160,21 +158,24 @@ class OneStep:
         step_size: units of θ² per nat; the best is 2 over the sum of ∇²E's extreme eigenvalues.
     """
 
-    step_size: float
-
-    def __post_init__(self) -> None:
-        if not self.step_size > 0:
-            raise ValueError(f"step_size must be positive, got {self.step_size}")
+    step_size: Positive
 
     def solve(self, energy: Energy, start: Tensor, minimiser: Minimiser) -> tuple[Tensor, ProxInfo]:
         """See `Adjoint.solve`."""
         minimum = minimiser.minimise(energy, start)
-        grad = minimum.at.grad
-        return minimum.theta - self.step_size * (grad - grad.detach()), ProxInfo.of(minimum)
+        grad, info = minimum.at.grad, ProxInfo.of(minimum)
+        step = self.step_size * (grad - grad.detach())
+
+        def spend(_: Tensor) -> None:
+            info.gradients += 2  # the pullback, a product with second derivatives
+
+        if step.requires_grad:
+            step.register_hook(spend)
+        return minimum.theta - step, info
 
 
 @dataclass(frozen=True)
-class Unrolled:
+class Unrolled(Checked):
     """Differentiate the minimiser's own steps, through `start` as well: MAML's derivative.
 
     Exact for the algorithm as run, converged or not. Memory grows with the number of steps: for a
@@ -188,12 +189,8 @@ class Unrolled:
             identity (FOMAML) and nothing is kept.
     """
 
-    checkpoint: int | None = None
+    checkpoint: Count | None = None
     first_order: bool = False
-
-    def __post_init__(self) -> None:
-        if self.checkpoint is not None and self.checkpoint < 1:
-            raise ValueError(f"checkpoint must be at least 1, got {self.checkpoint}")
 
     def solve(self, energy: Energy, start: Tensor, minimiser: Minimiser) -> tuple[Tensor, ProxInfo]:
         """See `Adjoint.solve`.
@@ -234,7 +231,7 @@ class Unrolled:
 
 
 @dataclass(frozen=True)
-class Detached:
+class Detached(Checked):
     """No derivative at all: for Reptile, and for losses whose derivative is known otherwise."""
 
     def solve(self, energy: Energy, start: Tensor, minimiser: Minimiser) -> tuple[Tensor, ProxInfo]:
@@ -275,6 +272,9 @@ def prox(
     Returns:
         θ* `[T, D]` and a `ProxInfo`, whose residual is filled in when backward has run.
 
+    Raises:
+        ValueError: a start, or a value of the energy, of another shape.
+
     Example:
         >>> import torch
         >>> anchor = torch.tensor([[3.0]], dtype=torch.float64, requires_grad=True)
@@ -284,6 +284,12 @@ def prox(
         >>> theta.item(), torch.autograd.grad(theta.sum(), anchor)[0].item()  # 1/(1+2)
         (1.0, 0.3333333333333333)
     """
+    if not isinstance(start, Tensor) or start.dim() != 2 or not start.is_floating_point():
+        got = f"{start.dtype} of shape {list(start.shape)}" if isinstance(start, Tensor) else start
+        raise ValueError(
+            f"start must be a floating tensor [T, D], a row for each task, got {got!r}; one task "
+            "alone is start[None]"
+        )
     energy, minimiser = as_energy(energy), minimiser or NewtonCG()
     if not torch.is_grad_enabled():
         adjoint = Detached()

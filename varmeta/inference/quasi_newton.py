@@ -73,14 +73,15 @@ class QuasiNewton:
             NonFiniteLoss: the objective is not finite where it stands.
         """
         run = _Descent(self, state, evaluate, total)
-        if math.isnan(float(state.tensors["outer_loss"])):
-            run.restart()
-        return run.first_order() if self.has_jumps(state) else run.iterate()
+        with state.unless_it_fails():
+            if math.isnan(float(state.tensors["outer_loss"])):
+                run.restart()
+            return run.first_order() if self.has_jumps(state) else run.iterate()
 
     @staticmethod
     def has_jumps(state: State) -> bool:
         """Whether the objective was found not to be smooth."""
-        return bool(_outer_count(state)[0])
+        return bool(state.counts.get("outer", [0])[0])
 
 
 def _outer_count(state: State) -> list[int]:

@@ -13,11 +13,12 @@ The modules are those of the prior: `GaussianPrior.from_density(density, scales=
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from varmeta.checked import Within
 from varmeta.inference.approximate import PriorDominated
 from varmeta.inference.base import State, update
 from varmeta.inference.energy import TaskEnergy
@@ -33,7 +34,7 @@ from varmeta.tasks import Tasks, TaskSource
 
 def _solver() -> CG:
     # The condition of H + Λ is the square of the ratio of the scales; in their units it is not.
-    return CG(preconditioner=PriorDominated())  # type: ignore[arg-type]
+    return CG(preconditioner=PriorDominated())
 
 
 def _newton() -> NewtonCG:
@@ -66,11 +67,6 @@ class SigmaIMAML(IMAML):
     adjoint: Adjoint = field(default_factory=lambda: Implicit(_solver()))
     scale_adjoint: Implicit | None = None
     loc_from: Literal["validation", "joint"] = "validation"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.loc_from not in ("validation", "joint"):
-            raise ValueError(f"loc_from must be 'validation' or 'joint', got {self.loc_from!r}")
 
     @property
     def is_smooth(self) -> bool:
@@ -151,7 +147,7 @@ class SigmaReptile(SigmaIMAML):
     """
 
     loc_from: Literal["validation", "joint"] = "joint"
-    loc_rate: float = 0.5
+    loc_rate: Annotated[float, Within(0, 1, above=True)] = 0.5
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -159,8 +155,6 @@ class SigmaReptile(SigmaIMAML):
             raise ValueError(
                 "loc_from must be 'joint' for SigmaReptile; SigmaIMAML has the other one"
             )
-        if not 0 < self.loc_rate <= 1:
-            raise ValueError(f"loc_rate must be above 0 and at most 1, got {self.loc_rate}")
 
     def init(
         self,

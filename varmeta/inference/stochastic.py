@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from varmeta.checked import Count, Positive
 from varmeta.importance import smooth
 from varmeta.inference.base import Batch, NonFiniteLoss, State
 from varmeta.inference.chain import Chain
@@ -211,25 +212,23 @@ class Stochastic(MetaGradient):
             that do not divide the draws.
     """
 
-    steps: int = field(default=100, kw_only=True)
-    learning_rate: float = field(default=0.1, kw_only=True)
+    steps: Count = field(default=100, kw_only=True)
+    learning_rate: Positive = field(default=0.1, kw_only=True)
     algorithm: RandomDescent = field(default_factory=Langevin)
     estimator: Estimator | None = None
-    particles: int = 4
+    particles: Count = 4
     antithetic: bool = False
-    draws: int = 500
-    chains: int = 4
-    thin: int | None = None
+    draws: Count = 500
+    chains: Count = 4
+    thin: Count | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.estimator_for(1).check(self.algorithm, self.particles, self.antithetic)
-        if self.draws < 1 or self.chains < 1 or self.draws % self.chains:
+        if self.draws % self.chains:
             raise ValueError(
                 f"chains must divide draws, got {self.chains} chains for {self.draws} draws"
             )
-        if self.thin is not None and self.thin < 1:
-            raise ValueError(f"thin must be at least 1 or None, got {self.thin}")
 
     def estimator_for(self, dim: int) -> Estimator:
         """The one that is used on θ of so many coordinates."""

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import pyro
 import torch
@@ -26,6 +26,7 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_feasible
 from pyro.params.param_store import ParamStoreDict
 from torch import Tensor
 
+from varmeta.checked import Count, Positive, Within
 from varmeta.inference.base import (
     Batch,
     Meta,
@@ -41,6 +42,7 @@ from varmeta.inference.base import (
 from varmeta.inference.iterate_test import IterateTest
 from varmeta.inference.learned import NOISY, flat
 from varmeta.inference.svi_model import global_sites, model_in_units
+from varmeta.models.blame import is_own
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.models.sites import pyro_untouched, reason, validation_off
@@ -101,12 +103,12 @@ class PyroSVI(Strategy):
     guide: Guide = AutoNormal
     point_globals: bool = False
     centred: bool = False
-    steps: int = 2000
-    tolerance: float = NOISY
-    learning_rate: float = 0.03
-    samples: int = 1
-    adapt_steps: int = 500
-    draws: int = 500
+    steps: Count = 2000
+    tolerance: Positive = NOISY
+    learning_rate: Positive = 0.03
+    samples: Count = 1
+    adapt_steps: Count = 500
+    draws: Annotated[int, Within(2)] = 500
     vectorise: bool | None = None
 
     def __post_init__(self) -> None:
@@ -115,12 +117,7 @@ class PyroSVI(Strategy):
                 "guide must be an autoguide's class or a function from a model to a guide, got "
                 f"{self.guide!r}"
             )
-        for name in ("steps", "tolerance", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name, least in (("samples", 1), ("draws", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        super().__post_init__()
 
     def __repr__(self) -> str:
         """Without addresses: checkpoints know their strategy by it, in another process too."""
@@ -176,21 +173,23 @@ class PyroSVI(Strategy):
     ) -> StepInfo:
         """One gradient step on the guide; the last one writes θ0, scales and φ down in `meta`."""
         batch.require_all("PyroSVI")
-        rate = self._test.rate(state, self.learning_rate)
-        loss = self._descend(density, state, batch.tasks, generator, rate)
-        leaves = _guide(state)
-        average, arrived = self._test.add(state, flat(leaves), _UNIT)
-        if average is not None:
-            with torch.no_grad():
-                for leaf, part in zip(
-                    leaves, average.split([t.numel() for t in leaves]), strict=True
-                ):
-                    leaf.copy_(part.reshape(leaf.shape))
-        if arrived:
-            state.arrived = "the average of the guide's parameters stays where it is"
-        if arrived or state.step + 1 == self.num_steps:
-            for name, value in self._means(state, generator).raw.items():
-                state.meta.raw[name].detach().copy_(value)
+        last = state.step + 1 == self.num_steps
+        # Elsewhere the guide has been run for the last time when the state is changed.
+        with state.unless_it_fails() if last or self._test.judges_next(state) else nullcontext():
+            rate = self._test.rate(state, self.learning_rate)
+            loss = self._descend(density, state, batch.tasks, generator, rate)
+            leaves = _guide(state)
+            average, arrived = self._test.add(state, flat(leaves), _UNIT)
+            if average is not None:
+                parts = average.split([t.numel() for t in leaves])
+                with torch.no_grad():
+                    for leaf, part in zip(leaves, parts, strict=True):
+                        leaf.copy_(part.reshape(leaf.shape))
+            if arrived:
+                state.arrived = "the average of the guide's parameters stays where it is"
+            if arrived or last:
+                for name, value in self._means(state, generator).raw.items():
+                    state.meta.raw[name].detach().copy_(value)
         return StepInfo(loss, self.samples * len(batch.tasks))
 
     def adapt(
@@ -275,6 +274,8 @@ class PyroSVI(Strategy):
         try:
             found = _sites(_particles(guide, 2))
         except (RuntimeError, ValueError) as error:
+            if is_own(error):
+                raise
             problem = f"fails: {reason(error)}"
         else:
             problem = f"has the sites {found}, the model {wanted}"

@@ -41,8 +41,11 @@ def descend(table: dict[str, Tensor], index: Tensor, grad: Tensor, rate: Tensor)
     table["rows"][index] -= rate[:, None] * mean / size
 
 
-def reset(table: dict[str, Tensor], which: slice, row: Tensor, amount: float) -> None:
-    """Move rows a share `amount` of the way to `row` `[K]`; their Adam forgets as much."""
+def reset(table: dict[str, Tensor], which: Tensor, row: Tensor, amount: float) -> None:
+    """Move rows, `which` `[T]` bool, a share `amount` of the way to `row` `[K]`.
+
+    Their Adam forgets as much.
+    """
     table["rows"][which] = table["rows"][which].lerp(row, amount)
     for name in ("momentum", "square"):
         table[name][which] *= 1 - amount

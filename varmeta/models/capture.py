@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from varmeta.models.blame import is_own
 from varmeta.models.simplify import accumulate, simplify, turn_products
 from varmeta.seeds import generator
 
@@ -59,7 +60,9 @@ class Captured:
         try:
             near = _nearby(tensors)
             same = _equal(_gradients(recorded, near), _gradients(self.function, near))
-        except RuntimeError:  # within torch.func or inference mode there is no autograd
+        except RuntimeError as error:  # within torch.func or inference mode there is no autograd
+            if is_own(error):
+                raise
             same = False
         return recorded if same else self.function
 
@@ -136,6 +139,8 @@ def trace(
             # A bare function of any arguments: a wrapped method's signature counts `self` too.
             program: torch.fx.GraphModule = make_fx(lambda *given: function(*given))(*tensors)
     except Exception as error:  # an operation that cannot be recorded fails in many ways
+        if is_own(error):
+            raise
         first = (str(error).splitlines() or [""])[0]
         raise Unrecordable(f"{type(error).__name__}: {first}") from error
     program.graph.eliminate_dead_code()
@@ -149,6 +154,8 @@ def trace(
     try:
         return simplify(program, tensors)
     except RuntimeError as error:  # within torch.func tensors lie nowhere
+        if is_own(error):
+            raise
         raise Unrecordable(str(error).splitlines()[0]) from error
 
 
@@ -182,6 +189,8 @@ def compile_graph(
         try:
             program: Program = torch._inductor.compile(graph, list(tensors), attempt or None)
         except Exception as error:  # it fails in many ways
+            if is_own(error):
+                raise
             errors.append(error)
         else:
             return program
@@ -204,6 +213,8 @@ def agree(program: Program, function: Program, tensors: Sequence[Tensor], *, exa
             got, wanted = program(*arguments), function(*arguments)
             same = _equal(got, wanted) if exact else _close(got, wanted)
         except Exception as error:  # inductor fails in many ways, and within vmap nothing compares
+            if is_own(error):
+                raise
             raise Unrecordable(f"{type(error).__name__}: {error}") from error
         if not same:
             raise Unrecordable("the recording gives another result; does the model draw numbers?")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from varmeta.models.blame import is_own
 from varmeta.models.sites import reason
 from varmeta.seeds import generator
 from varmeta.tasks import Tasks
@@ -82,6 +83,8 @@ def _check_gradient(density: Density, tasks: Tasks, flat: Tensor) -> None:
         if total.requires_grad:
             (grad,) = torch.autograd.grad(total, leaf)
     except RuntimeError as error:
+        if is_own(error):
+            raise
         raise ValueError(
             f"the model is not differentiable: {reason(error)}. Write that operation with others"
         ) from error

@@ -13,6 +13,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from varmeta.models.blame import is_unbatched
 from varmeta.models.capture import Captured
 from varmeta.models.check_model import check_model
 from varmeta.models.derivatives import EnergyFunction
@@ -224,8 +225,9 @@ class Density:
             warnings.filterwarnings("ignore", "(An output with one|There is a performance drop)")
             try:
                 return dict(call(theta, shared, tasks.inputs))
-            except RuntimeError:
-                pass  # what vmap cannot batch
+            except RuntimeError as error:
+                if not is_unbatched(error):
+                    raise
             each = theta.reshape(-1, self.dim)
             phi = shared.expand(*theta.shape[:-1], -1).reshape(len(each), self.shared_dim)
             data = tasks.inputs.expand(*theta.shape[:-2], *tasks.inputs.shape).flatten(

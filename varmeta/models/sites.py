@@ -128,6 +128,8 @@ def probe(model: Model, x: Tensor, y: Tensor, seed: int = 0) -> Any:
         try:
             return poutine.trace(run).get_trace(model, x, y)
         except Exception as error:
+            if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+                raise
             raise ValueError(
                 f"model failed on one task with x of shape {tuple(x.shape)} ({x.dtype}) and y of "
                 f"shape {tuple(y.shape)} ({y.dtype}): {reason(error)}"
