@@ -100,6 +100,34 @@ def test_the_two_mechanisms_sum_to_the_gradient(anchor: float) -> None:
     assert split.probability == pytest.approx(probability, rel=1e-5, abs=1e-8)
 
 
+@pytest.mark.parametrize("anchor", [-1.0, 0.2, 2.0])
+def test_regions_whose_edges_move_with_the_anchor_and_the_scale(anchor: float) -> None:
+    toy, scale, h = Toy(), 0.1, 1e-4
+
+    def split(loc: float, s: float):  # type: ignore[no-untyped-def]
+        edges = stationary(toy, loc, math.exp(-2 * s))[1]
+        return chain(s).law(loc, LIMITS).mechanisms(query, edges)
+
+    lam = math.exp(-2 * scale)
+    edges = stationary(toy, anchor, lam)[1]
+    moves = implicit_slope(toy, edges, lam) * np.stack([np.ones_like(edges), 2 * (edges - anchor)])
+    law = chain(scale).law(anchor, LIMITS)
+    p, slopes = law.occupations(edges, moves)
+    up, down = split(anchor + h, scale), split(anchor - h, scale)
+    wide, narrow = split(anchor, scale + h), split(anchor, scale - h)
+    assert slopes[0] == pytest.approx((up.p - down.p) / (2 * h), rel=1e-5, abs=1e-8)
+    assert slopes[1] == pytest.approx((wide.p - narrow.p) / (2 * h), rel=1e-5, abs=1e-8)
+    found = law.mechanisms(query, edges, moves)
+    location = p * (up.mean - down.mean) / (2 * h)
+    assert found.location == pytest.approx(location, rel=1e-4, abs=1e-7)
+    assert found.probability == pytest.approx(found.mean * slopes[0])
+    still = law.mechanisms(query, edges)
+    assert found.location.sum() + found.probability.sum() == pytest.approx(
+        still.location.sum() + still.probability.sum(), abs=1e-9
+    )
+    assert np.abs(slopes[0] - law.occupations(edges)[1][0]).max() > 5e-4  # and it matters
+
+
 def test_a_region_that_is_never_found_has_no_part() -> None:
     split = chain(temperature=0.2, run_length=3).law(-1.0, LIMITS).mechanisms(query, [0.0, 60.0])
     parts = [split.p[2], split.location[2], split.probability[2]]
