@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from varmeta.figures.grid import Chain
-from varmeta.figures.one_task import SPAN, jumps
+from varmeta.figures.minima import descend, implicit_slope, jumps, stationary
 from varmeta.figures.style import (
     AVERAGED,
     FULL,
@@ -30,7 +30,7 @@ from varmeta.figures.style import (
     say,
     stage,
 )
-from varmeta.figures.toy import Array, Toy, descend, draw_tasks, implicit_slope, stationary
+from varmeta.figures.toy import SPAN, Array, Toy, draw_tasks
 from varmeta.report_style import INK, MUTED
 
 STEP_SIZE, TEMPERATURE, RUN_LENGTH = 0.05, 0.3, 60

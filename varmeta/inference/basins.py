@@ -96,7 +96,7 @@ class Basins:
 
     @property
     def sensitivity(self) -> dict[str, Tensor] | None:
-        """`slope` by `loc` `[K, T, D]`, `log_scale`, `shared`, per unit of each; None as `slope`."""
+        """`slope` by `loc` `[K, T, D]`, `log_scale`, `shared`, per unit of each; None likewise."""
         return None if self.slope is None else self.point.natural(self.slope)
 
     @property

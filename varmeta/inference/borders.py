@@ -1,4 +1,4 @@
-"""Where the basins of one coordinate meet, and how much mass their borders carry across as they move.
+"""Where the basins of one coordinate meet, and how much mass their borders carry as they move.
 
 In one dimension basins are the intervals between the maxima b of E_i, and θ0, scales and φ move
 these: db/dx = −(∂E′/∂x)/E″(b). With ρ the density of the particles' ends, the basin between two
