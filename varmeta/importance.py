@@ -183,7 +183,7 @@ def loo(
 
     Rows whose k is above 0.3 are computed with draws moved to where the posterior without them lies
     (`moment_match`), at up to 40 likelihoods of their task for each draw. In eight linear-Gaussian
-    problems of 31 to 41 rows, 5 tasks each, with 1,000 draws, the sum is then off by 0.1 to 0.3
+    problems of 6 tasks and 31 to 41 rows, with 1,000 draws, the sum is then off by 0.1 to 0.3
     nats, and by about one more for each row whose k stays above 0.5 (2 of 301). With
     `moment_match=False`, which is what ArviZ's `loo_approximate_posterior` computes, it is too high
     by 2 to 9 nats, by 1 to 4 of these in rows whose k is at most 0.7.

@@ -98,7 +98,10 @@ def _part(
 
 
 def _moves(place: Tensor, weight: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Draws `[S, R, D]` with the weighted mean, variances or covariance; log |det| `[R]` of each."""
+    """Draws `[S, R, D]` with the weighted mean, variances or covariance, and log |det| `[R]`.
+
+    Of the two latter also wider ones.
+    """
     mean, target = place.mean(0), (weight * place).sum(0)
     away, off = place - mean, place - target
     none = place.new_zeros(place.shape[1])

@@ -43,8 +43,10 @@ class Sweep:
     Args:
         anchors: θ0.
         value: E g(x_T), the stochastic meta-objective.
-        probability: Σ_k ḡ_k ∂p_k/∂θ0, the gradient through how often each basin is found.
-        location: Σ_k p_k ∂ḡ_k/∂θ0, through where in each basin the algorithm ends.
+        probability: Σ_k ḡ_k ∂p_k/∂θ0, the gradient through how often each basin is found, its
+            borders held fixed (moving ones grow without bound where a minimum vanishes).
+        location: Σ_k p_k ∂ḡ_k/∂θ0, through where in each basin the algorithm ends, and through what
+            its moving borders carry across.
         settled: g(θ*(θ0)), the deterministic meta-objective along descent from θ0.
         implicit: its slope between jumps, g′(θ*) λ / (λ + f″(θ*)): iMAML's gradient.
         averaged: Σ_k p_k g′(θ_k) λ / (λ + f″(θ_k)): the same, averaged over the minima that the
@@ -190,8 +192,8 @@ def mechanisms(
     fig, axes = stage(
         "θ0 moves what is found, and changes how often",
         f"Top: the law of the result against θ0 (darker: likelier), with the minima that it can "
-        f"end in. Below: the gradient of the expected loss. How often each basin "
-        f"is found makes up {1 - share:.0%} of it in mean size, and iMAML leaves that out.",
+        f"end in. Below: the gradient of the expected loss. How often each basin, its borders "
+        f"held fixed, is found makes up {1 - share:.0%} of it in mean size; iMAML leaves it out.",
         2,
         height=7.0,
         sharex=True,
