@@ -192,8 +192,8 @@ def mechanisms(
     fig, axes = stage(
         "θ0 moves what is found, and changes how often",
         f"Top: the law of the result against θ0 (darker: likelier), with the minima that it can "
-        f"end in. Below: the gradient of the expected loss. How often each basin, its borders fixed, "
-        f"is found makes up {1 - share:.0%} of it in mean size; iMAML leaves that out.",
+        "end in. Below: the gradient of the expected loss. How often each basin, its borders "
+        f"fixed, is found makes up {1 - share:.0%} of it in mean size; iMAML leaves that out.",
         2,
         height=7.0,
         sharex=True,
