@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from varmeta import Density, GaussianPrior, Langevin, Tasks
-from varmeta.figures import grid, stationary
+from varmeta.figures import grid, implicit_slope, stationary
 from varmeta.models import network
 
 F64 = torch.float64
@@ -64,6 +64,13 @@ def query(task: int):  # type: ignore[no-untyped-def]
 
 def stationary_points(task: int, loc: float) -> tuple[np.ndarray, np.ndarray]:
     return stationary(Wave(CENTRES[task]), loc)  # type: ignore[arg-type]
+
+
+def border_slopes(task: int, loc: float) -> np.ndarray:
+    """The maxima's derivatives in θ0 and in the log scale, at scale 1, `[2, K − 1]`."""
+    edges = stationary_points(task, loc)[1]
+    moves = implicit_slope(Wave(CENTRES[task]), edges)  # type: ignore[arg-type]
+    return moves * np.stack([np.ones_like(edges), 2 * (edges - loc)])
 
 
 def law(task: int, loc: float, algorithm: Langevin) -> grid.Law:

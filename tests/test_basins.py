@@ -14,6 +14,7 @@ from basin_problems import (
     F64,
     LIMITS,
     Wave,
+    border_slopes,
     law,
     prior_at,
     query,
@@ -35,7 +36,7 @@ from varmeta.inference.point import Point
 from varmeta.report_basins import plot_basins
 
 NOISY = Langevin(run_length=20, step_size=0.02, temperature=0.8)
-LOC = 0.2
+LOC = 0.5  # a border that moves is half of a slope here
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +62,13 @@ def test_the_minima_are_those_of_the_energy(found: Basins) -> None:
 
 
 def test_occupations_their_slopes_and_losses_are_those_of_the_law(found: Basins) -> None:
-    compared = 0
+    compared, told = 0, 0.0
     assert found.sensitivity is not None and found.sensitivity_se is not None
     for t in range(3):
         minima, edges = stationary_points(t, LOC)
         exact = law(t, LOC, NOISY)
-        p, slopes = exact.occupations(edges)
+        p, slopes = exact.occupations(edges, border_slopes(t, LOC))
+        still = exact.occupations(edges)[1]
         means = exact.mechanisms(query(t), edges).mean
         for k in range(int(found.count[t])):
             basin = int(np.abs(minima - float(found.minima[k, t, 0])).argmin())
@@ -78,12 +80,14 @@ def test_occupations_their_slopes_and_losses_are_those_of_the_law(found: Basins)
             assert abs(slope) < ERRORS * float(found.sensitivity_se["loc"][k, t, 0])
             by_scale = float(found.sensitivity["log_scale"][k, t, 0]) - slopes[1, basin]
             assert abs(by_scale) < ERRORS * float(found.sensitivity_se["log_scale"][k, t, 0])
+            error = float(found.sensitivity_se["loc"][k, t, 0])
+            told = max(told, abs(slopes[0, basin] - still[0, basin]) / error)
             inside = found.labels[:, t] == k
             g = query(t)(found.ends[inside, t, 0].numpy())
             assert float(found.query_loss_mean[k, t]) == pytest.approx(g.mean(), rel=1e-12)
             assert abs(g.mean() - means[basin]) < ERRORS * g.std() / len(g) ** 0.5
             compared += 1
-    assert compared >= 7
+    assert compared >= 7 and told > 2 * ERRORS  # borders held still would be seen
     sharp = (found.sensitivity["loc"] / found.sensitivity_se["loc"]).abs().nan_to_num()
     assert (sharp[:, :2].amax(0) > 8).all()  # and the test is sharp enough to fail
 
@@ -128,8 +132,8 @@ def test_tasks_do_not_see_each_other(found: Basins) -> None:
     alone = [find_basins(density, prior_at(LOC), tasks.select([t]), **options) for t in range(3)]
     for other in (wide, *alone):
         for name in other.tasks.names:
-            mine = together.table[together.table["task"] == name].drop(columns="task")
-            its = other.table[other.table["task"] == name].drop(columns="task")
+            mine = together.table[together.table["task"] == name].drop(columns=["task", "borders"])
+            its = other.table[other.table["task"] == name].drop(columns=["task", "borders"])
             assert mine.to_numpy() == pytest.approx(its.to_numpy(), rel=1e-7, abs=1e-9)
     other_seed = find_basins(density, prior_at(LOC), tasks, **options | {"seed": 4})
     assert not together.table.equals(other_seed.table)

@@ -296,6 +296,48 @@ def test_a_jump_within_the_difference_is_said() -> None:
     assert errors(found, "exact minimum") < 1e-6  # along the branch it is right
 
 
+def near_a_fold(distance: float) -> Case:
+    """y ~ N(θ + 0.3 sin 3θ, 1): a descent's minimum vanishes at θ0 = −1.2209423893901017."""
+
+    def model(x: Tensor, y: Tensor | None = None) -> Tensor:
+        theta = pyro.sample("theta", dist.Normal(torch.zeros((), dtype=x.dtype), 1.0))
+        mean = theta + x[:, 0] * torch.sin(3 * theta)
+        with pyro.plate("rows", len(x)):
+            return pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    tasks = Tasks.from_list([(tensor([[0.3], [0.0]]), tensor([1.0, 1.0]))])
+    tasks = replace(tasks, is_query=torch.tensor([[False, True]]))
+    prior = GaussianPrior.create(tensor([-1.2209423893901017 - distance]), 1.0)
+    return Case(Density(model, tasks), tasks, prior, tensor([]))
+
+
+@pytest.mark.parametrize("distance", [2e-3, 1.5e-3, 1.05e-3, 5e-4])
+def test_near_a_fold_differences_are_blamed_and_not_a_right_adjoint(distance: float) -> None:
+    """The curvature at θ* is 0.25 to 0.13 there, and a difference's step 0.001."""
+    found = check(IMAML(), near_a_fold(distance))
+    assert errors(found, "exact minimum: dense solve") < 1e-8
+    assert errors(found, "exact minimum: differences") > 1e-3
+    assert not said(found, "is wrong") and not said(found, "is not that of")
+    assert said(found, "is that of the exact minimum's objective by a dense solve")
+    assert said(found, "finite differences are off", "fold", "task 0")
+    leaps = said(found, "jumps to another minimum")
+    assert leaps == (distance < 1e-3) and found.ok == (not leaps)
+    assert not said(found, "Lower its tolerance")
+    wrong = check(IMAML(adjoint=Spoiled(lambda v: 1.1 * v)), near_a_fold(distance))
+    assert not wrong.ok and said(wrong, "is not that of")
+
+
+def test_losses_that_are_not_those_at_the_minimum_are_not_the_adjoints_fault() -> None:
+    class Other(IMAML):
+        def losses(self, density, prior, shared, tasks):  # type: ignore[no-untyped-def]
+            losses, info = super().losses(density, prior, shared, tasks)
+            return losses + 0.5 * (prior.loc.detach() ** 2).sum(), info
+
+    found = check(Other(), case_of(shifted(1)))
+    assert not found.ok and errors(found, "exact minimum") < 1e-7
+    assert said(found, "adjoint (Implicit) is right", "losses return is not its loss_at")
+
+
 # -- data types -----------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -121,9 +122,8 @@ def test_a_narrow_prior_keeps_its_width() -> None:
             return pyro.sample("y", dist.Normal(1e7 * (site - 1000.0), 1.0), obs=y)
 
     for density in both(lambda: Density(model, tasks())):
-        # The logit of a uniform variable: its quantiles 0.1587 and 0.8413 are ±1.668. Four standard
-        # errors of the half-width from 4,001 draws are 0.2: false alarms 1 in 16,000.
-        assert abs(float(density.prior_scale) - 1.668) < 0.2
+        # The logit of a uniform variable is logistic.
+        assert abs(float(density.prior_scale) - math.pi / 3**0.5) < 1e-6
 
 
 @pytest.mark.parametrize(

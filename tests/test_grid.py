@@ -7,10 +7,12 @@ Statistical tests allow 4.5 standard errors of a mean over 200,000 draws: a fals
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy.integrate import trapezoid
+from scipy.optimize import brentq
 
 from varmeta.figures import (
     Chain,
@@ -18,6 +20,7 @@ from varmeta.figures import (
     descend,
     draw_tasks,
     implicit_slope,
+    jumps,
     lowest,
     stationary,
 )
@@ -98,6 +101,34 @@ def test_the_two_mechanisms_sum_to_the_gradient(anchor: float) -> None:
     assert split.location == pytest.approx(location, rel=1e-5, abs=1e-8)
     probability = split.mean * (up.p - down.p) / (2 * h)
     assert split.probability == pytest.approx(probability, rel=1e-5, abs=1e-8)
+
+
+@pytest.mark.parametrize("anchor", [-1.0, 0.2, 2.0])
+def test_regions_whose_edges_move_with_the_anchor_and_the_scale(anchor: float) -> None:
+    toy, scale, h = Toy(), 0.1, 1e-4
+
+    def split(loc: float, s: float):  # type: ignore[no-untyped-def]
+        edges = stationary(toy, loc, math.exp(-2 * s))[1]
+        return chain(s).law(loc, LIMITS).mechanisms(query, edges)
+
+    lam = math.exp(-2 * scale)
+    edges = stationary(toy, anchor, lam)[1]
+    moves = implicit_slope(toy, edges, lam) * np.stack([np.ones_like(edges), 2 * (edges - anchor)])
+    law = chain(scale).law(anchor, LIMITS)
+    p, slopes = law.occupations(edges, moves)
+    up, down = split(anchor + h, scale), split(anchor - h, scale)
+    wide, narrow = split(anchor, scale + h), split(anchor, scale - h)
+    assert slopes[0] == pytest.approx((up.p - down.p) / (2 * h), rel=1e-5, abs=1e-8)
+    assert slopes[1] == pytest.approx((wide.p - narrow.p) / (2 * h), rel=1e-5, abs=1e-8)
+    found = law.mechanisms(query, edges, moves)
+    location = p * (up.mean - down.mean) / (2 * h)
+    assert found.location == pytest.approx(location, rel=1e-4, abs=1e-7)
+    assert found.probability == pytest.approx(found.mean * slopes[0])
+    still = law.mechanisms(query, edges)
+    assert found.location.sum() + found.probability.sum() == pytest.approx(
+        still.location.sum() + still.probability.sum(), abs=1e-9
+    )
+    assert np.abs(slopes[0] - law.occupations(edges)[1][0]).max() > 5e-4  # and it matters
 
 
 def test_a_region_that_is_never_found_has_no_part() -> None:
@@ -227,6 +258,66 @@ def test_descent_is_where_gradient_descent_ends() -> None:
     for _ in range(20_000):
         x = x - 0.02 * (toy.slope(x) + 2 * (x - anchors))
     assert descend(toy, anchors, precision=2.0) == pytest.approx(x, abs=1e-8)
+
+
+def test_of_two_minima_that_nearly_tie_the_lower_one_is_found() -> None:
+    """A toy that is the same on both sides of a place: its minima tie for an anchor there."""
+    place = 0.00137
+    toy = Toy(centre=place, heights=(0.9,), frequencies=(2.9,), crests=(place,))
+    sides = np.array([1e-3, 1e-6, 1e-9, 1e-12])
+    for precision in (0.3, 1.0, 2.0):
+        right = lowest(toy, place + sides, precision) - place
+        left = lowest(toy, place - sides, precision) - place
+        assert (right > 0.1).all() and left == pytest.approx(-right, abs=1e-12)
+        assert np.abs(jumps(toy, "lowest", precision) - place).min() < 1e-12
+
+
+@pytest.mark.parametrize("precision", [0.5, 1.0, 2.0])
+def test_jumps_are_where_minima_tie_vanish_or_part(precision: float) -> None:
+    """To rounding, for six tasks; folds and crests by SciPy's root finder."""
+    seen = {"ties": 0, "crests": 0, "folds": 0}
+    for toy in draw_tasks(6, seed=1):
+        for at in jumps(toy, "lowest", precision):
+            low, high = (lowest(toy, [at + side], precision)[0] for side in (-1e-9, 1e-9))
+            gap = np.diff([toy.value(x) + precision / 2 * (x - at) ** 2 for x in (low, high)])
+            assert abs(gap[0] / (precision * (high - low))) < 1e-13 and high - low > 0.1
+            seen["ties"] += 1
+        line = np.linspace(*toy.limits, 20_001)
+        truth = {}
+        for name, function in (
+            ("crests", lambda x: toy.slope(x)),  # noqa: B023
+            ("folds", lambda x: toy.curvature(x) + precision),  # noqa: B023
+        ):
+            at = np.flatnonzero(np.diff(np.sign(function(line))))
+            roots = np.array([brentq(function, line[k], line[k + 1], xtol=1e-15) for k in at])
+            truth[name] = roots if name == "crests" else roots + toy.slope(roots) / precision
+        for at in jumps(toy, "descent", precision):
+            gaps = {name: np.abs(places - at).min() for name, places in truth.items()}
+            assert min(gaps.values()) < 1e-12
+            seen[min(gaps, key=lambda name: gaps[name])] += 1
+    assert seen["ties"] > 6 and seen["crests"] > 6
+    assert seen["folds"] > 0 or precision != 0.5
+
+
+def test_a_loss_that_is_no_toy_can_take_its_place() -> None:
+    class Well:
+        limits = (-3.0, 3.0)
+
+        def value(self, x):  # type: ignore[no-untyped-def]
+            return (np.asarray(x) ** 2 - 1) ** 2
+
+        def slope(self, x):  # type: ignore[no-untyped-def]
+            return 4 * np.asarray(x) * (np.asarray(x) ** 2 - 1)
+
+        def curvature(self, x):  # type: ignore[no-untyped-def]
+            return 12 * np.asarray(x) ** 2 - 4
+
+    well: Any = Well()
+    assert jumps(well, "descent", span=(-2.0, 2.0)).tolist() == pytest.approx([0.0], abs=1e-14)
+    assert jumps(well, "lowest", span=(-2.0, 2.0)).tolist() == pytest.approx([0.0], abs=1e-14)
+    assert descend(well, [0.3]) == lowest(well, [0.3])
+    with pytest.raises(ValueError, match="minima must be 'lowest' or 'descent', got 'first'"):
+        jumps(well, "first")
 
 
 def test_the_implicit_derivative_is_that_of_the_minimum() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -172,15 +173,12 @@ def test_it_starts_at_the_users_prior():
     prior = start(scales="coordinate")
     assert prior.loc[:2].tolist() == [1.0, -2.0], "exactly: a normal prior has its own moments"
     assert prior.scale[:2].tolist() == pytest.approx([0.1, 3.0], rel=1e-7)  # float32 literals
-    # log of a half normal: quantiles in closed form, from 4001 draws with standard errors
-    # sqrt(q (1 - q) / 4001) / density; the widest is 0.04, taken five times
-    half, law = td.HalfNormal(2.0), torch.tensor([0.1587, 0.5, 0.8413])
-    low, mid, high = half.icdf(law).log().tolist()
-    assert prior.loc[2].item() == pytest.approx(mid, abs=0.2)
-    assert prior.scale[2].item() == pytest.approx((high - low) / 2, abs=0.2)
-    # Cauchy: no moments, so its median and the half width of its central 68%: 2 tan(0.6826 π/2)
-    assert prior.loc[3].item() == pytest.approx(0.5, abs=0.25)
-    assert prior.scale[3].item() == pytest.approx(3.67, rel=0.15)
+    # log |z|: −(γ + log 2)/2 and π/√8
+    assert prior.loc[2].item() == pytest.approx(math.log(2.0) - 0.635181422730739, abs=1e-6)
+    assert prior.scale[2].item() == pytest.approx(math.pi / 8**0.5, abs=1e-6)
+    # Cauchy: no moments, so its median and the half width of its central 68%: 2 tan(0.6827 π/2)
+    assert prior.loc[3].item() == pytest.approx(0.5, abs=1e-6)
+    assert prior.scale[3].item() == pytest.approx(2 * math.tan(0.6826895 * math.pi / 2), rel=1e-5)
 
 
 def test_one_scale_per_coordinate_site_or_all():

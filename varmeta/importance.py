@@ -13,7 +13,8 @@ Yes, but Did It Work?); its quantiles in place of the largest weights make a ste
 
 Leaving a row out divides its likelihood away, w_s / p(y_n | θ_s, φ): approximate leave-one-out
 (Magnusson, Andersen, Jonasson & Vehtari, 2019, Bayesian Leave-One-Out Cross-Validation for Large
-Data).
+Data). For a row that weighs much these weights are too unequal, and the result too high, also where
+k is below 0.7: such rows get draws of their own (`matching.py`).
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ import torch
 from torch import Tensor
 
 from varmeta.inference.determined import undetermined
+from varmeta.matching import evidence_without
 from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import Gaussian, TaskPosterior
 from varmeta.seeds import generator
 from varmeta.tasks import Tasks
 
+_EASY, _RISKY = 0.3, 0.5  # of a row left out: k of draws that need no moving; k that is too large
 MIN_DRAWS, _GOOD = 25, 0.7  # PSIS fits its tail, a fifth of the draws, to no fewer than five
 
 
@@ -89,7 +92,8 @@ class Loo:
     Attributes:
         elpd: Σ_n log p(y_n | the task's other rows, θ0, Σ, φ) over all rows of all tasks.
         se: its standard error as ArviZ states it, √(rows × variance over rows).
-        table: one row per row of data: `task`, `row` (`tasks.row_ids`), `elpd`, `pareto_k`.
+        table: one row per row of data: `task`, `row` (`tasks.row_ids`), `elpd`, `pareto_k` of the
+            weights that it comes from; above 0.5 it may be too high by a nat.
         draws: S, how many draws of each task.
     """
 
@@ -99,9 +103,11 @@ class Loo:
     draws: int
 
     def __str__(self) -> str:
-        limit, k = good_k(self.draws), self.table["pareto_k"]
-        rows = f"{len(k)} rows, {(k > limit).sum()} of them with a Pareto k above {limit:.2f}"
-        return f"leave-one-out elpd {self.elpd:.2f} ± {self.se:.2f} nats: {rows}"
+        k = self.table["pareto_k"]
+        bad = int((k > _RISKY).sum())
+        rows = f"{len(k)} rows, {bad} of them with a Pareto k above {_RISKY}"
+        off = ", which may be too high by a nat each: take more draws" if bad else ""
+        return f"leave-one-out elpd {self.elpd:.2f} ± {self.se:.2f} nats: {rows}{off}"
 
 
 def evidence(
@@ -167,6 +173,7 @@ def loo(
     *,
     draws: int = 1000,
     seed: int = 0,
+    moment_match: bool = True,
 ) -> Loo:
     """The log density of each row given its task's other rows, without adapting again.
 
@@ -174,7 +181,23 @@ def loo(
     q_i is corrected by its own density, so that unlike `az.loo` on draws of q_i the result does not
     take q_i for the posterior. Each task by itself: the weights are those of one θ_i.
 
-    Arguments and errors are those of `evidence`.
+    Rows whose k is above 0.3 are computed with draws moved to where the posterior without them lies
+    (`moment_match`), at up to 40 likelihoods of their task for each draw. In eight linear-Gaussian
+    problems of 6 tasks and 31 to 41 rows, with 1,000 draws, the sum is then off by 0.1 to 0.3
+    nats, and by about one more for each row whose k stays above 0.5 (2 of 301). With
+    `moment_match=False`, which is what ArviZ's `loo_approximate_posterior` computes, it is too high
+    by 2 to 9 nats, by 1 to 4 of these in rows whose k is at most 0.7.
+
+    Args:
+        posterior: as of `evidence`.
+        prior: as of `evidence`.
+        tasks: as of `evidence`.
+        draws: as of `evidence`.
+        seed: as of `evidence`.
+        moment_match: move the draws for rows that weigh much.
+
+    Raises:
+        ValueError: as of `evidence`.
     """
     rows, log_p, log_q = _densities(posterior, prior, tasks, draws, seed)
     mask = tasks.mask.cpu().numpy()
@@ -182,6 +205,13 @@ def loo(
     log_w, k = smooth((log_p - log_q).T[owner] - each)
     total = np.logaddexp.reduce(log_w, axis=1)
     elpd = np.logaddexp.reduce(log_w + each, axis=1) - total
+    hard = k > _EASY
+    if moment_match and hard.any():
+        source = posterior.sample(draws, generator(seed, 0, device=prior.loc.device))
+        where = tasks.mask.nonzero()[torch.as_tensor(hard, device=tasks.mask.device)]
+        without, k[hard] = evidence_without(smooth, posterior, prior, tasks, source, where, _EASY)
+        whole = np.logaddexp.reduce(smooth((log_p - log_q).T)[0], axis=1) - math.log(draws)
+        elpd[hard] = whole[owner[hard]] - without
     ids = tasks.row_ids.cpu().numpy()[mask]  # type: ignore[union-attr]
     columns = {"task": np.array(tasks.names)[owner], "row": ids, "elpd": elpd, "pareto_k": k}
     se = float((len(elpd) * elpd.var()) ** 0.5)

@@ -117,7 +117,8 @@ def plot_mechanisms(found: Mechanisms, coordinate: str | int = 0) -> Figure:
         9.0,
         0.8 + 0.55 * len(names),
         f"How the expected query loss follows θ0, “{coordinates[d]}”",
-        "Nats per unit of θ0, ± 1 standard error. Location and probability add up to the total."
+        "Nats per unit of θ0, ± 1 standard error. Location and probability add up to the total"
+        + f"; the basins' borders are {found.borders}."
         + f" {hidden} more tasks are not shown." * (hidden > 0),
         handles,
     )

@@ -8,11 +8,12 @@ estimators of `varmeta.Stochastic` are checked.
 from varmeta.figures.draw import FIGURES, draw_all, draw_each
 from varmeta.figures.grid import Chain, Law, Mechanisms
 from varmeta.figures.meta_training import Runs, train, training
+from varmeta.figures.minima import descend, implicit_slope, jumps, lowest, stationary
 from varmeta.figures.objectives import many_tasks, meta_objective, objective, smooth_but
-from varmeta.figures.one_task import anchor, derivative, jumps, minimum, moving_anchor
+from varmeta.figures.one_task import anchor, derivative, minimum, moving_anchor
 from varmeta.figures.stochastic import Sweep, gradients, mechanisms, stochastic_objective, sweep
 from varmeta.figures.style import Movie, save
-from varmeta.figures.toy import Toy, descend, draw_tasks, implicit_slope, lowest, stationary
+from varmeta.figures.toy import Toy, draw_tasks
 
 __all__ = [
     "FIGURES",

@@ -14,10 +14,10 @@ from matplotlib.figure import Figure
 
 from varmeta.figures.meta_training import training
 from varmeta.figures.objectives import many_tasks, meta_objective, smooth_but
-from varmeta.figures.one_task import SPAN, anchor, derivative, minimum, moving_anchor
+from varmeta.figures.one_task import anchor, derivative, minimum, moving_anchor
 from varmeta.figures.stochastic import Sweep, gradients, mechanisms, stochastic_objective, sweep
 from varmeta.figures.style import Movie, save
-from varmeta.figures.toy import Toy, draw_tasks
+from varmeta.figures.toy import SPAN, Toy, draw_tasks
 
 FIGURES: dict[str, Callable[..., Figure | Movie]] = {  # in the order of the story
     "anchor": anchor,

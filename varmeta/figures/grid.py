@@ -217,18 +217,24 @@ class Law:
         """dE g(x_T) by θ0 and by the log scale s, `[2]`."""
         return self._sums(query, [])[1].sum(1)
 
-    def occupations(self, edges: ArrayLike) -> tuple[Array, Array]:
+    def occupations(
+        self, edges: ArrayLike, edge_slopes: ArrayLike | None = None
+    ) -> tuple[Array, Array]:
         """The probability of each region, `[R]`, and its derivatives, `[2, R]`.
 
         Args:
-            edges: where the regions meet, `[R − 1]` ascending; the outer two have no end. They
-                are held fixed while θ0 and s move.
+            edges: where the regions meet, `[R − 1]` ascending; the outer two have no end.
+            edge_slopes: their derivatives by θ0 and by s, `[2, R − 1]`: for the maxima of E
+                (λ, 2 λ (x − θ0)) / E″(x). None: they are held fixed while θ0 and s move, and what
+                moving ones carry from region to region is left out.
         """
         away = (np.asarray(edges, dtype=np.float64)[:, None] - self.centres) / self.noise
         below = ndtr(away)
         falls = np.exp(-0.5 * away**2) / (_ROOT * self.noise)
         mass = below @ self.weights
         change = self.weight_slopes @ below.T - (self.weights * self.centre_slopes) @ falls.T
+        if edge_slopes is not None:
+            change = change + np.asarray(edge_slopes, dtype=np.float64) * (falls @ self.weights)
         ends = np.array([[0.0], [0.0]])
         total = self.weights.sum(keepdims=True)
         return (
@@ -236,17 +242,24 @@ class Law:
             np.diff(np.hstack([ends, change, self.weight_slopes.sum(1, keepdims=True)])),
         )
 
-    def mechanisms(self, query: Function, edges: ArrayLike) -> Mechanisms:
+    def mechanisms(
+        self, query: Function, edges: ArrayLike, edge_slopes: ArrayLike | None = None
+    ) -> Mechanisms:
         """The two ways in which θ0 acts on E g(x_T), region by region.
 
         Args:
             query: g, as of `expectation`.
             edges: where the regions meet, as of `occupations`: for the basins of E at θ0 its
                 maxima, which `varmeta.figures.stationary` finds.
+            edge_slopes: as of `occupations`. None: the regions are held fixed, and what moving
+                edges carry across counts as location.
         """
         inner = np.asarray(edges, dtype=np.float64).reshape(-1)
-        p, changes = self.occupations(inner)
+        p, changes = self.occupations(inner, edge_slopes)
         sums, slopes = self._sums(query, inner)
+        if edge_slopes is not None:
+            at = np.asarray(query(inner)) * self.density(inner)[0] * np.asarray(edge_slopes)[0]
+            slopes[0] += np.diff(at, prepend=0.0, append=0.0)
         occupied = p > 1e-290
         mean = np.where(occupied, sums / np.where(occupied, p, 1.0), 0.0)
         return Mechanisms(p, mean, mean * changes[0], slopes[0] - mean * changes[0])
@@ -288,7 +301,8 @@ class Mechanisms:
         p: p_k, the probability that x_T lies in a region, `[R]`.
         mean: ḡ_k, the mean of g there, in nats, `[R]`; zero where p_k is.
         probability: ḡ_k ∂p_k/∂θ0, `[R]`: what is found more often, and less. Only its sum has a
-            meaning: adding a constant to g moves the parts.
+            meaning: adding a constant to g moves the parts. Without `edge_slopes` p_k is the
+            probability of a region that stays where it is.
         location: p_k ∂ḡ_k/∂θ0, `[R]`: what is found moves.
     """
 

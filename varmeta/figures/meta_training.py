@@ -15,10 +15,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from varmeta.figures.objectives import objective
-from varmeta.figures.one_task import SPAN
 from varmeta.figures.stochastic import RUN_LENGTH, STEP_SIZE, TEMPERATURE, Sweep, sweep
 from varmeta.figures.style import AVERAGED, FULL, IMPLICIT, say, stage
-from varmeta.figures.toy import Array, Toy, draw_tasks
+from varmeta.figures.toy import SPAN, Array, Toy, draw_tasks
 from varmeta.report_style import DASHES, INK, MUTED
 
 METHODS = {

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from varmeta.figures.one_task import SPAN, jumps
+from varmeta.figures.minima import descend, implicit_slope, jumps, lowest
 from varmeta.figures.style import (
     GLOBAL,
     IMPLICIT,
@@ -23,7 +23,7 @@ from varmeta.figures.style import (
     say,
     stage,
 )
-from varmeta.figures.toy import Array, Toy, descend, draw_tasks, implicit_slope, lowest
+from varmeta.figures.toy import SPAN, Array, Toy, draw_tasks
 from varmeta.report_style import DASHES, INK, MUTED
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from varmeta.figures.minima import descend, implicit_slope, jumps, lowest, stationary
 from varmeta.figures.style import (
     GLOBAL,
     LOSS,
@@ -23,39 +24,10 @@ from varmeta.figures.style import (
     say,
     stage,
 )
-from varmeta.figures.toy import Array, Toy, descend, implicit_slope, lowest, stationary
+from varmeta.figures.toy import SPAN, Toy
 from varmeta.report_style import DASHES, INK, MUTED
 
-SPAN = (-3.4, 3.4)  # of θ0, and of θ, in the pictures
-_JUMP = 0.06  # θ* moves by more than this between neighbours of a fine grid only where it jumps
-
-
-def jumps(
-    toy: Toy, minima: str = "lowest", precision: float = 1.0, span: tuple[float, float] = SPAN
-) -> Array:
-    """Where θ*(θ0) jumps, to 1e-9, ascending.
-
-    Args:
-        toy: one task.
-        minima: "lowest", the global minimum of E, or "descent", the one that descent finds.
-        precision: λ.
-        span: of the anchors that are searched.
-    """
-    find = {"lowest": lowest, "descent": descend}[minima]
-    anchors = np.linspace(*span, 2001)
-    steps = np.abs(np.diff(find(toy, anchors, precision)))
-    at = np.flatnonzero(steps > _JUMP)
-    low, high = anchors[at], anchors[at + 1]
-    if not len(at):
-        return low
-    before = find(toy, low, precision)
-    after = find(toy, high, precision)
-    for _ in range(24):
-        middle = 0.5 * (low + high)
-        there = find(toy, middle, precision)
-        left = np.abs(there - before) < np.abs(there - after)
-        low, high = np.where(left, middle, low), np.where(left, high, middle)
-    return 0.5 * (low + high)
+_SAME = 1e-6  # the two readings of the minimum agree
 
 
 def anchor(
@@ -189,7 +161,7 @@ def minimum(
     best, found = lowest(toy, x, precision), descend(toy, x, precision)
     ties = jumps(toy, "lowest", precision, span)
     breaks = jumps(toy, "descent", precision, span)
-    worse = float((np.abs(best - found) > _JUMP).mean())
+    worse = float((np.abs(best - found) > _SAME).mean())
     fig, axes = stage(
         "θ*(θ0) is flat between jumps, and there are two of it",
         f"The lowest minimum of E jumps where two minima tie ({len(ties)} times here). Descent "
@@ -210,7 +182,7 @@ def minimum(
             ends = [find(toy, positions + d, precision) for d in (-e, e)]
             ax.vlines(positions, *ends, color=colour, lw=1.1, ls=(0, (2, 3)), gid=gid)
     ax.set(xlim=span, xlabel="anchor θ0", ylabel="learned θ*")
-    apart = np.flatnonzero(np.abs(best - found) > _JUMP)
+    apart = np.flatnonzero(np.abs(best - found) > _SAME)
     if len(apart):
         groups = np.split(apart, np.flatnonzero(np.diff(apart) > 1) + 1)
         longest = max(groups, key=len)

@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from varmeta.figures.grid import Chain
-from varmeta.figures.one_task import SPAN, jumps
+from varmeta.figures.minima import descend, implicit_slope, jumps, stationary
 from varmeta.figures.style import (
     AVERAGED,
     FULL,
@@ -30,7 +30,7 @@ from varmeta.figures.style import (
     say,
     stage,
 )
-from varmeta.figures.toy import Array, Toy, descend, draw_tasks, implicit_slope, stationary
+from varmeta.figures.toy import SPAN, Array, Toy, draw_tasks
 from varmeta.report_style import INK, MUTED
 
 STEP_SIZE, TEMPERATURE, RUN_LENGTH = 0.05, 0.3, 60
@@ -43,8 +43,10 @@ class Sweep:
     Args:
         anchors: θ0.
         value: E g(x_T), the stochastic meta-objective.
-        probability: Σ_k ḡ_k ∂p_k/∂θ0, the gradient through how often each basin is found.
-        location: Σ_k p_k ∂ḡ_k/∂θ0, through where in each basin the algorithm ends.
+        probability: Σ_k ḡ_k ∂p_k/∂θ0, the gradient through how often each basin is found, its
+            borders held fixed (moving ones grow without bound where a minimum vanishes).
+        location: Σ_k p_k ∂ḡ_k/∂θ0, through where in each basin the algorithm ends, and through what
+            its moving borders carry across.
         settled: g(θ*(θ0)), the deterministic meta-objective along descent from θ0.
         implicit: its slope between jumps, g′(θ*) λ / (λ + f″(θ*)): iMAML's gradient.
         averaged: Σ_k p_k g′(θ_k) λ / (λ + f″(θ_k)): the same, averaged over the minima that the
@@ -190,8 +192,8 @@ def mechanisms(
     fig, axes = stage(
         "θ0 moves what is found, and changes how often",
         f"Top: the law of the result against θ0 (darker: likelier), with the minima that it can "
-        f"end in. Below: the gradient of the expected loss. How often each basin "
-        f"is found makes up {1 - share:.0%} of it in mean size, and iMAML leaves that out.",
+        "end in. Below: the gradient of the expected loss. How often each basin, its borders "
+        f"fixed, is found makes up {1 - share:.0%} of it in mean size; iMAML leaves that out.",
         2,
         height=7.0,
         sharex=True,

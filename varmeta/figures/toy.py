@@ -1,4 +1,4 @@
-"""One-dimensional toy tasks with many minima, and what an anchor makes of them.
+"""One-dimensional toy tasks with many minima.
 
 A task's loss is a parabola plus waves, f(θ) = ½ c (θ − m)² + Σ_j a_j cos(w_j (θ − φ_j)), in nats.
 The anchor θ0 adds the penalty ½ λ (θ − θ0)²: E(θ) = f(θ) + ½ λ (θ − θ0)². The setting is that of
@@ -8,15 +8,15 @@ Ferenc Huszár, "Notes on iMAML" (inference.vc, 2019), with any λ; his derivati
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
+SPAN = (-3.4, 3.4)  # of θ0, and of θ, in the pictures
 Numbers = float | Sequence[float] | Array
-_SCAN = 0.005  # minima of E closer than this are not told apart
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,105 +145,3 @@ def draw_tasks(
         crests=np.asarray(base.crests) + shift * noise[:, 1 + waves :],
         limits=base.limits,
     )
-
-
-def stationary(toy: Toy, anchor: float, precision: float = 1.0) -> tuple[Array, Array]:
-    """Minima `[K]` and the maxima `[K − 1]` between them of E at one anchor, ascending.
-
-    Points closer together than 0.005 are not told apart. The search goes from a grid to bisection,
-    so that positions are right to 1e-13.
-
-    Raises:
-        ValueError: E does not turn up again within the toy's limits on both sides.
-    """
-    low, high = toy.limits
-    points = np.linspace(low, high, int(np.ceil((high - low) / _SCAN)) + 1)
-
-    def uphill(x: Array) -> Array:
-        return toy.slope(x) + precision * (x - anchor)
-
-    sign = np.where(uphill(points) >= 0, 1, -1)
-    if sign[0] > 0 or sign[-1] < 0:
-        raise ValueError(f"a minimum at anchor {anchor} lies outside the limits {toy.limits}")
-    at = np.flatnonzero(np.diff(sign))
-    rising = sign[at] < 0
-    roots = _bisect(uphill, points[at], points[at + 1], rising)
-    return roots[rising], roots[~rising]
-
-
-def descend(toy: Toy, anchors: ArrayLike, precision: float = 1.0) -> Array:
-    """The minimum of E that steepest descent from each anchor, in tiny steps, ends in.
-
-    Args:
-        toy: one task or T tasks.
-        anchors: θ0, `[A]`; descent starts there, and the penalty is centred there.
-        precision: λ, of the penalty ½ λ (θ − θ0)².
-
-    Returns:
-        θ*(θ0), `[A]` or `[T, A]`, right to 1e-13.
-
-    Raises:
-        ValueError: a descent leaves the toy's limits.
-    """
-    start = np.atleast_1d(np.asarray(anchors, dtype=np.float64))
-    low, high = min(toy.limits[0], start.min()), max(toy.limits[1], start.max())
-    points = np.linspace(low, high, int(np.ceil((high - low) / _SCAN)) + 1)
-    begin, lam = start[:, None], precision * start[:, None]
-
-    def first(slopes: Array, own: Array) -> tuple[Array, Array]:
-        """Between which points descent on one task ends, `[A]` both."""
-        rises = slopes + precision * points >= lam  # [A, N]: E climbs to the right here
-        right = own < 0  # E′ at θ0, where the penalty is flat
-        ahead = np.where(right[:, None], rises & (points >= begin), ~rises & (points <= begin))
-        if not ahead.any(1).all():
-            raise ValueError(f"descent left the limits {toy.limits}; widen them")
-        n = len(points) - 1
-        stop = points[np.where(right, ahead.argmax(1), n - ahead[:, ::-1].argmax(1))]
-        step = points[1] - points[0]
-        return (
-            np.where(right, np.maximum(stop - step, start), stop),
-            np.where(right, stop, np.minimum(stop + step, start)),
-        )
-
-    def uphill(x: Array) -> Array:
-        return toy.slope(x) + precision * (x - start)
-
-    tables, own = np.atleast_2d(toy.slope(points)), np.atleast_2d(toy.slope(start))
-    ends = np.array([first(*rows) for rows in zip(tables, own, strict=True)])  # [T, 2, A]
-    near, far = ends.swapaxes(0, 1) if np.ndim(toy.bowl) else ends[0]
-    return _bisect(uphill, near, far, np.bool_(True))
-
-
-def lowest(toy: Toy, anchors: ArrayLike, precision: float = 1.0) -> Array:
-    """The global minimum of E at each anchor within the toy's limits; shapes as of `descend`."""
-    start = np.atleast_1d(np.asarray(anchors, dtype=np.float64))
-    low, high = toy.limits
-    points = np.linspace(low, high, int(np.ceil((high - low) / _SCAN)) + 1)
-    values = np.atleast_2d(toy.value(points))  # [T, N]
-    penalty = 0.5 * precision * (points - start[:, None]) ** 2  # [A, N]
-    best = np.stack([points[np.argmin(row + penalty, axis=1)] for row in values])
-    best = best if np.ndim(toy.bowl) else best[0]
-
-    def uphill(x: Array) -> Array:
-        return toy.slope(x) + precision * (x - start)
-
-    return _bisect(uphill, best - _SCAN, best + _SCAN, np.bool_(True))
-
-
-def implicit_slope(toy: Toy, minimum: ArrayLike, precision: float = 1.0) -> Array:
-    """dθ*/dθ0 = λ / (λ + f″(θ*)) (Rajeswaran et al., 2019), in the shapes of `toy.value`."""
-    return precision / (precision + toy.curvature(minimum))
-
-
-def _bisect(
-    uphill: Callable[[Array], Array],
-    low: Array,
-    high: Array,
-    rising: NDArray[np.bool_] | np.bool_,
-) -> Array:
-    """Roots of `uphill` between `low` and `high`, where it rises or falls."""
-    for _ in range(36):  # 0.01 / 2³⁶ is about 1e-13
-        middle = 0.5 * (low + high)
-        beyond = (uphill(middle) >= 0) == rising
-        low, high = np.where(beyond, low, middle), np.where(beyond, middle, high)
-    return 0.5 * (low + high)

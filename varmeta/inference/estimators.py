@@ -252,7 +252,7 @@ class BismutElworthyLi(Weighted):
     Semigroups). Needs injected noise in every step. Its variance does not diverge as the step size
     goes to 0, and does not care whether the flow expands. Scales and φ, which act in every step,
     are treated as by `Score`. With S ≤ K the loss need not be differentiable in θ, so that it also
-    differentiates the probability of a basin.
+    differentiates the probability of a basin, as a region that stays where it is.
 
     Cost: a gradient evaluation a step, and a Hessian-vector product in the first S.
 

@@ -10,6 +10,11 @@ inference.vc, 2019). With W the weights of `BismutElworthyLi` over the whole run
 k its basin, b and the first ḡ_k being means over the task's other particles. The last term has mean
 zero over a basin's particles: it is what the ḡ_k, which are estimates too, add to the standard
 error. Location is the rest, so that the parts add up particle by particle.
+
+W sees basins as regions that stay where they are. Their borders move with θ0 too, and carry
+particles from one basin to the next. Where θ has one coordinate, what they carry is a part of ∂p_k
+(`borders.py`); where it has more it is left out of the probability, and so counts as location. The
+total does not depend on it.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ from torch import Tensor
 
 from varmeta.inference.at_ends import alike, implicit
 from varmeta.inference.basins import SHOWN_DIM, coordinate_names, norm_and_error
+from varmeta.inference.borders import FIXED, MOVING, Borders, find_borders
 from varmeta.inference.chain import Chain
 from varmeta.inference.descent import Langevin, RandomDescent
 from varmeta.inference.estimators import BismutElworthyLi, others_mean, standard_error
@@ -63,6 +69,11 @@ class Mechanisms:
         each: by part, `[S, T, n]`: each particle's contribution, in units of the prior (`Point`).
         losses: `[S, T]`, g where the particles ended, nats.
         labels: `[S, T]` int, the basins, by energy.
+        borders: `"moving"`: what the basins' moving borders carry across is a part of the
+            probability, which is Σ ḡ_k dp_k; both parts are NaN next to a kink of E, where the
+            movement is not known. `"fixed"`, where θ has more than one coordinate: basins are the
+            regions that they are at this point, and what their borders would carry is in the
+            location.
         lonely: `[T]`, share of the particles that are alone in their basin. A basin of one has no
             mean of others: what such a particle says counts as location.
         gradients: gradient evaluations of each task's loss.
@@ -74,6 +85,7 @@ class Mechanisms:
     each: dict[str, Tensor]
     losses: Tensor
     labels: Tensor
+    borders: str
     lonely: Tensor
     gradients: int
 
@@ -146,7 +158,8 @@ class Mechanisms:
 
         Columns `task`, `coordinate`, and each part with its standard error, in nats per unit of the
         coordinate; for more coordinates each part's norm in units of the prior, which noise makes
-        larger. `share` and `share_se` are the task's.
+        larger. `share` and `share_se` are the task's; `borders` says whether the basins' borders
+        move in the two parts or are held fixed.
         """
         names, count = coordinate_names(self.density), len(self.tasks)
         small = len(names) <= SHOWN_DIM
@@ -164,6 +177,7 @@ class Mechanisms:
                 columns[name] = value.flatten().double().cpu().numpy()
         for name in ("share", "share_se"):
             columns[name] = np.repeat(getattr(self, name).double().cpu().numpy(), repeats)
+        columns["borders"] = self.borders
         return pd.DataFrame(columns)
 
     def __repr__(self) -> str:
@@ -175,7 +189,7 @@ class Mechanisms:
         alone = float(self.lonely.mean())
         return (
             f"Mechanisms({len(self.tasks)} × {self.tasks.task_name!r}, {len(self.losses)} particles"
-            f", share of probability {range_}"
+            f", share of probability {range_} at {self.borders} borders"
             + (f", {alone:.0%} of the particles alone in their basin" if alone else "")
             + ")"
         )
@@ -215,7 +229,8 @@ def mechanisms(
 ) -> Mechanisms:
     """How much of the gradient at a fit's θ0 is location, and how much probability, per task.
 
-    For any strategy: what counts is the prior that it learned.
+    For any strategy: what counts is the prior that it learned. With more than one coordinate the
+    split holds the basins' borders fixed (`Mechanisms.borders`); the total is the same.
 
     Args:
         fit: whose prior and φ.
@@ -317,18 +332,24 @@ def mechanisms_at(
     chain.gradients += at.gradients
     baseline = others_mean(losses)
     total = (losses - baseline)[..., None] * weights + direct
-    probability, lonely = _probability(losses, baseline, weights, parts)
+    borders = find_borders(chain, ends, parts, place)
+    probability, lonely = _probability(losses, baseline, weights, parts, borders)
     each = {
         "total": total,
         "location": total - probability,
         "probability": probability,
         "implicit": parts.spread(moved),
     }
-    return Mechanisms(density, point, tasks, each, losses, parts.labels, lonely, chain.gradients)
+    how, count = FIXED if borders is None else MOVING, chain.gradients
+    return Mechanisms(density, point, tasks, each, losses, parts.labels, how, lonely, count)
 
 
 def _probability(
-    losses: Tensor, baseline: Tensor, weights: Tensor, parts: Partition
+    losses: Tensor,
+    baseline: Tensor,
+    weights: Tensor,
+    parts: Partition,
+    borders: Borders | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Each particle's contribution `[S, T, n]`; the share of particles alone in a basin, `[T]`."""
     basins, labels = len(parts.first), parts.labels
@@ -338,10 +359,18 @@ def _probability(
         index = labels.reshape(*labels.shape, *[1] * (values.dim() - 2)).expand_as(values)
         return values.new_zeros(basins, *values.shape[1:]).scatter_add_(0, index, values)
 
-    count = parts.spread(sums(torch.ones_like(losses)))
-    whole = parts.spread(sums(losses))
+    size, whole = sums(torch.ones_like(losses)), sums(losses)
+    count = parts.spread(size)
     alone = count == 1
-    others = torch.where(alone, baseline, (whole - losses) / (count - 1).clamp(min=1))
-    drift = parts.spread(sums(weights)) / count[..., None]  # ∂log p_k
-    noise = (losses - whole / count)[..., None] * drift
-    return (others - baseline)[..., None] * weights + noise, alone.to(losses).mean(0)
+    others = (parts.spread(whole) - losses) / (count - 1).clamp(min=1)
+    others = torch.where(alone, baseline, others)
+    drift = parts.spread(sums(weights))  # count · ∂log p_k
+    each = (others - baseline)[..., None] * weights
+    if borders is not None:
+        inside = torch.nn.functional.one_hot(labels, basins).movedim(-1, 0).to(losses)
+        means = (whole[:, None] - inside * losses) / (size[:, None] - inside).clamp(min=1)
+        each = each + borders.carried(torch.where(inside * size[:, None] == 1, baseline, means))
+        eye = torch.eye(basins).to(losses)
+        drift = drift + parts.spread(torch.stack([borders.carried(e).sum(0) for e in eye]))
+    noise = (losses - parts.spread(whole) / count)[..., None] * drift / count[..., None]
+    return each + noise, alone.to(losses).mean(0)

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from varmeta.models.laws import law_in
+from varmeta.models.moments import unconstrained_moments, unconstrained_range
 from varmeta.seeds import generator, global_rng
 
 Model = Callable[..., Any]
@@ -38,8 +39,11 @@ class Site:
         support: the constraint on its value.
         transform: unconstrained to constrained (`torch.distributions.biject_to`).
         prior: the distribution that the user wrote, None for a param.
-        loc: flat unconstrained location of that prior, or a param's initial value.
-        scale: flat unconstrained standard deviation of that prior, 1 for a param.
+        loc: flat location of that prior on the unconstrained scale, or a param's initial value: its
+            mean, or its median where `scale` is a range.
+        scale: its standard deviation there, 1 for a param. Where that is infinite or not known in
+            closed form (a Cauchy, a Wishart), half the central 68% range, which for a normal law is
+            the same: from the law's quantiles, or from 4,001 draws.
         parameter: for a plain `nn.Parameter` of the model (itself a module), its name in there.
     """
 
@@ -306,19 +310,15 @@ def _param_site(name: str, value: Tensor, like: Tensor, support: Any, owned: str
 
 
 def _location_and_scale(fn: Any, transform: Any, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation where the prior is unconstrained and has them.
+    """Mean and standard deviation on the unconstrained scale where they are known in closed form.
 
-    Else median and half the central 68% range of draws on the unconstrained scale, which heavy
-    tails have too.
+    Else, or where there is none (heavy tails), the median and half the central 68% range there,
+    which a normal law's standard deviation is too: from the law's quantiles, or from draws.
     """
-    if torch.equal(transform.inv(value), value):
-        try:
-            mean, sd = fn.mean.expand(value.shape), fn.stddev.expand(value.shape)
-        except NotImplementedError:
-            pass
-        else:
-            if bool(mean.isfinite().all()) and bool((sd.isfinite() & (sd > 0)).all()):
-                return mean.detach(), sd.detach()
+    known = unconstrained_moments(fn, transform) or unconstrained_range(fn, transform)
+    if known is not None:
+        shape = transform.inv(value).shape
+        return known[0].expand(shape), known[1].expand(shape)
     for dtype in (torch.float32, torch.float64):  # whatever the default is
         with global_rng(generator(0)):
             draws = transform.inv(law_in(dtype, fn).sample((_PRIOR_DRAWS,))).sort(dim=0).values
