@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -224,15 +223,6 @@ def test_folder_refusals(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="other settings"):
         RunFolder(open_run, {"seed": 1})
     RunFolder(open_run, {"seed": 0})
-
-
-def test_writing_is_all_or_nothing(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path / "run", {})
-    with pytest.raises(RuntimeError), run.writing("table.csv") as path:
-        path.write_text("half")
-        raise RuntimeError
-    assert sorted(p.name for p in run.folder.iterdir()) == ["run.json", "states"]
-    assert json.loads((run.folder / "run.json").read_text())["files"] == []
 
 
 def test_refusals() -> None:

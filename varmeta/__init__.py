@@ -7,7 +7,8 @@ Data flow one way: `Tasks` → `Density` (a Pyro model of one task) → `Gaussia
 from importlib.metadata import version as _version
 
 from varmeta.comparison import Comparison, compare
-from varmeta.export import to_arviz
+from varmeta.export import from_netcdf, to_arviz
+from varmeta.files import BrokenFile, FileInUse, NotWritten
 from varmeta.importance import Evidence, Loo, evidence, loo
 from varmeta.inference.abml import ABML
 from varmeta.inference.amortised import (
@@ -50,6 +51,7 @@ from varmeta.inference.reachability import reachability_gap
 from varmeta.inference.resets import Reset
 from varmeta.inference.sigma import SigmaIMAML, SigmaMAML, SigmaReptile
 from varmeta.inference.stochastic import Stochastic, meta_gradient
+from varmeta.inference.stopping import Terminated
 from varmeta.inference.svi import PyroSVI
 from varmeta.models import Density, GaussianPrior, Modules, hierarchy
 from varmeta.posterior import TaskPosterior
@@ -73,6 +75,7 @@ __all__ = [
     "Basins",
     "BismutElworthyLi",
     "BlockDiagonal",
+    "BrokenFile",
     "Cholesky",
     "Comparison",
     "CompletePooling",
@@ -82,6 +85,7 @@ __all__ = [
     "Diagonal",
     "Evidence",
     "EvolutionStrategies",
+    "FileInUse",
     "Fit",
     "GatedPathwise",
     "GaussianPrior",
@@ -104,6 +108,7 @@ __all__ = [
     "NoPooling",
     "NonFiniteLoss",
     "NotConverged",
+    "NotWritten",
     "Nystrom",
     "OneStep",
     "Pathwise",
@@ -127,6 +132,7 @@ __all__ = [
     "TaskPosterior",
     "TaskSource",
     "Tasks",
+    "Terminated",
     "UndeterminedScale",
     "Unrolled",
     "__version__",
@@ -135,6 +141,7 @@ __all__ = [
     "evidence",
     "find_basins",
     "fit",
+    "from_netcdf",
     "hierarchy",
     "laplace_evidence",
     "loo",

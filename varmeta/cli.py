@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from signal import SIGTERM
 from typing import Annotated
 
 import torch
@@ -22,6 +23,7 @@ from varmeta.comparison import Comparison
 from varmeta.comparison import compare as run_comparison
 from varmeta.failures import expected, explain, own_line
 from varmeta.inference.base import Strategy
+from varmeta.inference.stopping import Terminated, terminating
 from varmeta.models.sites import Model
 from varmeta.problems import PROBLEMS, Problem
 from varmeta.settings import DEFAULT, STRATEGIES, choose, described, table_names
@@ -108,7 +110,7 @@ def compare(
 
     Exit status: 0 if all went well; 1 if a strategy failed (the table says why, the tracebacks are
     in the output folder's failures/, and the same command tries those strategies again); 2 if
-    nothing could be compared; 130 after Ctrl-C.
+    nothing could be compared; 130 after Ctrl-C, 143 after SIGTERM.
     """
     console = Console()
     with _in_plain_words(debug):
@@ -142,6 +144,7 @@ def compare(
             folder=folder,
             overwrite=overwrite,
         )
+        folder = result.folder or folder
         typer.echo(str(result))
         files = sorted(path for path in folder.iterdir() if path.is_file())
         _say(console, f"Files in {folder}/: " + ", ".join(path.name for path in files))
@@ -182,7 +185,7 @@ def _in_plain_words(debug: bool) -> Iterator[None]:
     def warn(message: Warning | str, *_: object) -> None:
         console.print(Text.assemble(("Warning: ", "bold yellow"), str(message)))
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), terminating():
         warnings.showwarning = warn  # type: ignore[assignment]
         warnings.filterwarnings("always", category=RuntimeWarning, module="varmeta")  # ours
         try:
@@ -196,6 +199,13 @@ def _in_plain_words(debug: bool) -> Iterator[None]:
                 "Finished strategies are kept. The same command, without --overwrite, goes on.",
             )
             raise typer.Exit(130) from None
+        except Terminated:
+            _say(
+                console,
+                "Stopped by SIGTERM.\n"
+                "Finished strategies are kept. The same command, without --overwrite, goes on.",
+            )
+            raise typer.Exit(128 + SIGTERM) from None
         except Exception as error:
             if debug:
                 _say(console, "".join(traceback.format_exception(error)))

@@ -11,18 +11,18 @@ from pathlib import Path
 from traceback import walk_tb
 
 import pandas as pd
-import torch
 from rich.console import Console, RenderableType
 from rich.text import Text
 
 from varmeta.failures import Attempt, Failures
+from varmeta.files import load
 from varmeta.inference.base import Strategy
 from varmeta.inference.fit import fit
 from varmeta.inference.nuts import PyroNUTS
 from varmeta.inference.reachability import reachability_gap
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
-from varmeta.runs import RunFolder
+from varmeta.runs import RunFolder, run_folder
 from varmeta.scores import Outcome, Score, check_posterior, score, score_table, task_sets
 from varmeta.seeds import generator
 from varmeta.shrinkage import MOST_MODULES
@@ -43,6 +43,8 @@ class Comparison:
         failures: by strategy name, why it failed, in a phrase. A strategy that failed when its
             files were written has its outcome and its scores all the same.
         tracebacks: of the failures, by strategy name.
+        folder: where the files lie; None if none were wanted. With `overwrite` and not one strategy
+            that was scored, this is `replacement/` within the folder that was given.
         table: one row per strategy and set of tasks, with columns `strategy`, `posterior` (what was
             scored: draws, gaussian, laplace, delta), `set`, `rows` held out, `elpd` (log predictive
             density per held-out row, nats) with its standard error across tasks `elpd_se`,
@@ -72,6 +74,7 @@ class Comparison:
     table: pd.DataFrame
     failures: dict[str, str] = field(default_factory=dict)
     tracebacks: dict[str, str] = field(default_factory=dict)
+    folder: Path | None = None
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=WIDTH)
@@ -147,29 +150,51 @@ def compare(
         draws: posterior draws per score.
         folder: write checkpoints, table, ArviZ files and pictures there; an interrupted comparison,
             or one with failures, called again with the same arguments goes on where it stopped.
-        overwrite: replace a finished (or another) comparison in `folder`.
+        overwrite: replace a finished (or another) comparison in `folder`. The new one grows in its
+            `replacement/`, and the old one is removed when a strategy of the new one has been
+            scored and all is written; to go on with one that was interrupted, call again without
+            `overwrite`.
         progress: show progress bars; None for "when the output is a terminal".
 
     Raises:
         ValueError: no strategies, two of the same name, tasks without support rows, or something of
             another shape: what concerns every strategy is found before any of them is fitted.
         FileExistsError: `folder` holds a finished run, or files that are not a run.
-        KeyboardInterrupt: what is done is kept in `folder`.
+        BrokenFile: its `run.json` is damaged, or names files outside of it.
+        FileInUse: another process is at work on it.
+        NotWritten: nothing can be written there, which is found before any fit, or the disk is full
+            by now; what was written is kept, and the same call goes on.
+        KeyboardInterrupt, Terminated: what is done is kept in `folder`.
     """
     named = _named(strategies)
     prior = prior or GaussianPrior.from_density(density)
     _check(density, train, new, prior, draws, seed)
-    run = None
-    if folder is not None:
-        settings = {
-            "strategies": {name: repr(strategy) for name, strategy in named.items()},
-            "tasks": repr(train),
-            "new": repr(new),
-            "sites": density.site_table().astype(str).to_dict("list"),
-            "seed": seed,
-            "draws": draws,
-        }
-        run = RunFolder(Path(folder), settings, overwrite=overwrite)
+    if folder is None:
+        return _compared(named, density, train, new, prior, seed, draws, progress, None)
+    settings = {
+        "strategies": {name: repr(strategy) for name, strategy in named.items()},
+        "tasks": repr(train),
+        "new": repr(new),
+        "sites": density.site_table().astype(str).to_dict("list"),
+        "seed": seed,
+        "draws": draws,
+    }
+    with run_folder(Path(folder), settings, overwrite=overwrite) as run:
+        return _compared(named, density, train, new, prior, seed, draws, progress, run)
+
+
+def _compared(
+    named: Mapping[str, Strategy],
+    density: Density,
+    train: Tasks,
+    new: Tasks | None,
+    prior: GaussianPrior,
+    seed: int,
+    draws: int,
+    progress: bool | None,
+    run: RunFolder | None,
+) -> Comparison:
+    """What `compare` does once its arguments are known to be good and the folder is its own."""
     failed, sets = Failures(run), task_sets(train, new)
     outcomes: dict[str, Outcome] = {}
     scores: dict[str, dict[str, Score]] = {}
@@ -209,7 +234,7 @@ def _learn(
         attempt.where = f"step {step}"
 
     if checkpoint is not None and checkpoint.exists():
-        reached(torch.load(checkpoint, weights_only=True, mmap=True)["state"]["step"], None)
+        reached(load(checkpoint, {"state": dict})["state"]["step"], None)
     try:
         result = fit(
             strategy,
@@ -290,7 +315,8 @@ def _named(strategies: Sequence[Strategy] | Mapping[str, Strategy]) -> dict[str,
 
 
 def _write(comparison: Comparison, run: RunFolder, failed: Failures) -> None:
-    from varmeta.export import to_arviz  # ArviZ and Matplotlib only when something is written
+    # ArviZ and Matplotlib only when something is written
+    from varmeta.export import netcdf, to_arviz
     from varmeta.report_write import write_figures
 
     # As many draws a chain as NUTS has: common plots of ArviZ 1.x leave out fits that have fewer.
@@ -299,24 +325,26 @@ def _write(comparison: Comparison, run: RunFolder, failed: Failures) -> None:
     _write_table(comparison, run)  # first: it is what took the time
     modules = []
     for name, outcome in comparison.outcomes.items():
-        with failed.catching(name, "ArviZ file"), run.writing(f"{run.file_name(name)}.nc") as path:
-            to_arviz(outcome.fit, posterior=outcome.known, draws=draws).to_netcdf(str(path))
+        with failed.catching(name, "ArviZ file"):
+            data = to_arviz(outcome.fit, posterior=outcome.known, draws=draws)
+            run.write(f"{run.file_name(name)}.nc", netcdf(data))
         if len(outcome.fit.prior.modules) <= MOST_MODULES:
             with failed.catching(name, "shrinkage"):
                 modules.append(comparison.only([name]).shrinkage())
     if modules:
-        with run.writing("modules.csv") as path:
-            pd.concat(modules, ignore_index=True).to_csv(path, index=False)
-    run.add(write_figures(comparison, run.folder, failed.note))
+        run.write("modules.csv", pd.concat(modules, ignore_index=True).to_csv(index=False))
+    write_figures(comparison, run.folder, failed.note, run.add)
     failed.forget_earlier(comparison.table["strategy"].unique())
     _write_table(comparison, run)
     if not comparison.failures:
         run.finish()
+    if comparison.outcomes:
+        run.take_place()
+    comparison.folder = run.folder
 
 
 def _write_table(comparison: Comparison, run: RunFolder) -> None:
     """With what has failed so far."""
     table = comparison.table
     table["failed"] = [comparison.failures.get(name, "") for name in table["strategy"]]
-    with run.writing("table.csv") as path:
-        table.to_csv(path, index=False)
+    run.write("table.csv", table.to_csv(index=False))

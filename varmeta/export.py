@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.metadata import version
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from varmeta.files import BrokenFile, why
 from varmeta.inference.diagnostics import by_task
 from varmeta.inference.fit import Fit
 from varmeta.inference.nuts import PyroNUTS
@@ -27,6 +29,7 @@ Variables = dict[str, Variable]
 
 _SAMPLE, _PRIOR, _PREDICT = range(3)  # streams of the export's seed
 _DRAW = ("chain", "draw")
+_HDF5 = b"\x89HDF\r\n\x1a\n"
 _RESERVED = {*_DRAW, "module", "task", "row", "input", "task_of_row", "row_id"}
 
 
@@ -129,6 +132,52 @@ def to_arviz(
         "draws_seed": seed,
     }
     return _container({g: _dataset(v, coords) for g, v in groups.items() if v}, attrs)
+
+
+def netcdf(data: Any) -> memoryview:
+    """The bytes of a netCDF file with what `to_arviz` returned; `from_netcdf` reads it.
+
+    Numbers are compressed and have check sums. Made in memory: HDF5 ends the process if it is
+    writing when the disk is full.
+    """
+    import xarray as xr
+
+    if not isinstance(data, xr.DataTree):
+        groups = {name: data[name] for name in data.groups()}
+        data = xr.DataTree.from_dict({"/": xr.Dataset(attrs=data.attrs), **groups})
+    packed = {"zlib": True, "fletcher32": True}
+    encoding = {
+        node.path: {
+            n: packed for n, v in node.variables.items() if v.ndim and v.dtype.kind in "iuf"
+        }
+        for node in data.subtree
+    }
+    made: memoryview = data.to_netcdf(None, engine="h5netcdf", encoding=encoding)
+    return made
+
+
+def from_netcdf(path: str | PathLike[str]) -> Any:
+    """Read a file that `compare` wrote, or ArviZ: what `to_arviz` returned, wholly in memory.
+
+    Raises:
+        BrokenFile: it cannot be read, or is empty, cut short, damaged or no netCDF file.
+    """
+    import arviz
+
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(_HDF5))
+        if start != _HDF5:
+            reason = "it is no netCDF file" if start else "it is empty"
+        else:
+            return arviz.from_netcdf(path).load()  # whole: or damage would be found later
+    except MemoryError:
+        raise
+    except OSError as error:
+        reason = why(error) if error.filename else "it is cut short or damaged"
+    except Exception:
+        reason = "it is cut short or damaged"
+    raise BrokenFile(f"{path} cannot be read: {reason}; run the comparison again to write it anew")
 
 
 def _groups(

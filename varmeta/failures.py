@@ -13,6 +13,7 @@ from types import TracebackType
 
 import torch
 
+from varmeta.files import NotWritten
 from varmeta.inference.base import NonFiniteLoss
 from varmeta.runs import RunFolder
 
@@ -55,12 +56,13 @@ class Failures:
     def catching(self, name: str, where: str = "") -> Iterator[Attempt]:
         """Note any exception in the block as a failure of strategy `name`.
 
-        Ctrl-C goes on, and so does a warning that the user has turned into an error.
+        Ctrl-C goes on, and so do a warning that the user has turned into an error and a full disk,
+        on which no other strategy could be kept either.
         """
         attempt = Attempt(where)
         try:
             yield attempt
-        except Warning:
+        except (Warning, NotWritten):
             raise
         except Exception as error:
             self.note(name, attempt.where, error)
@@ -76,8 +78,7 @@ class Failures:
             full = f"{self.tracebacks[name]}\n\n{full}"
         self.reasons[name], self.tracebacks[name] = reason, full
         if self.run is not None:
-            with self.run.writing(self._file(name)) as path:
-                path.write_text(full)
+            self.run.write(self._file(name), full)
 
     def forget_earlier(self, names: Iterable[str]) -> None:
         """Remove what an earlier try wrote of those of `names` that did not fail in this one."""

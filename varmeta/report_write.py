@@ -12,16 +12,19 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from varmeta.comparison import Comparison
+from varmeta.files import NotWritten, make_folder, write
 from varmeta.report import forest, scores, shrinkage, training_curves
 from varmeta.report_modules import module_comparison
 
 _MOST_COMPONENTS = 4
+_DPI = 150
 
 
 def write_figures(
     comparison: Comparison,
     folder: str | PathLike[str],
     blame: Callable[[str, str, Exception], None] | None = None,
+    announce: Callable[[Iterable[Path]], None] | None = None,
 ) -> list[Path]:
     """All figures as PNG files (150 dpi) in `folder`, and their paths.
 
@@ -34,26 +37,29 @@ def write_figures(
         folder: made if it does not exist.
         blame: called with a strategy, what was drawn, and the error, for each strategy that cannot
             be drawn; the picture is then drawn without it. None raises the error instead.
+        announce: called with the path of each file before it is written.
+
+    Raises:
+        NotWritten: a file cannot be written.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    make_folder(Path(folder), "folder")
     written: list[Path] = []
 
     def save(name: str, fig: Figure | None) -> None:
         path = Path(folder) / (re.sub(r"[^\w.-]+", "_", name) + ".png")
         while path in written:  # two names may differ only in what a file name cannot hold
             path = path.with_stem(path.stem + "_")
-        part = path.with_name(f"part_{path.name}")
         if fig is not None:
-            try:
-                fig.savefig(part, dpi=150, format="png")
-                part.replace(path)
-            finally:
-                part.unlink(missing_ok=True)
+            if announce is not None:
+                announce([path])
+            write(path, png(fig))
             written.append(path)
 
-    def write(name: str, make: Callable[[Comparison], Figure | None]) -> None:
+    def draw(name: str, make: Callable[[Comparison], Figure | None]) -> None:
         try:
             save(name, make(comparison))
+        except NotWritten:
+            raise
         except Exception as error:
             if blame is None:
                 raise
@@ -68,13 +74,20 @@ def write_figures(
         count = site.shape.numel()
         for k in range(count) if count <= _MOST_COMPONENTS else ():
             name, which = (site.name, None) if count == 1 else (f"{site.name}_{k}", k)
-            write(f"forest_{name}", partial(forest, site=site.name, component=which))
-            write(f"shrinkage_{name}", partial(shrinkage, site=site.name, component=which))
+            draw(f"forest_{name}", partial(forest, site=site.name, component=which))
+            draw(f"shrinkage_{name}", partial(shrinkage, site=site.name, component=which))
     if comparison.outcomes:
-        write("modules", module_comparison)
-        write("training_curves", training_curves)
-        write("scores", scores)
+        draw("modules", module_comparison)
+        draw("training_curves", training_curves)
+        draw("scores", scores)
     return written
+
+
+def png(fig: Figure) -> memoryview:
+    """The bytes of a PNG file (150 dpi)."""
+    buffer = io.BytesIO()
+    fig.savefig(buffer, dpi=_DPI, format="png")
+    return buffer.getbuffer()
 
 
 def _at_fault(
@@ -86,7 +99,7 @@ def _at_fault(
         try:
             fig = make(comparison.only(names))
             if fig is not None:
-                fig.savefig(io.BytesIO(), format="png")
+                png(fig)
         except Exception as found:
             return found
         return None

@@ -18,6 +18,7 @@ from varmeta.figures.one_task import anchor, derivative, minimum, moving_anchor
 from varmeta.figures.stochastic import Sweep, gradients, mechanisms, stochastic_objective, sweep
 from varmeta.figures.style import Movie, save
 from varmeta.figures.toy import SPAN, Toy, draw_tasks
+from varmeta.files import locked, make_folder, require_writable
 
 FIGURES: dict[str, Callable[..., Figure | Movie]] = {  # in the order of the story
     "anchor": anchor,
@@ -57,9 +58,20 @@ def draw_each(
 
     Raises:
         ValueError: no picture called `only`.
+        NotWritten: nothing can be written there, which is found before the first picture is drawn.
+        FileInUse: another process is drawing there.
     """
     if only is not None and only not in FIGURES:
         raise ValueError(f"only: no picture {only!r}; there are: {', '.join(FIGURES)}")
+    make_folder(Path(folder), "folder")
+    require_writable(Path(folder) / "figures", "folder")
+    with locked(Path(folder) / "figures"):
+        yield from _drawn(folder, toy, only, quick)
+
+
+def _drawn(
+    folder: str | PathLike[str], toy: Toy | None, only: str | None, quick: bool
+) -> Iterator[Path]:
     table: Sweep | None = None
     for name, figure in FIGURES.items():
         if only not in (None, name):
@@ -94,7 +106,7 @@ def draw_all(
         The files' paths.
 
     Raises:
-        ValueError: no picture called `only`.
+        ValueError, NotWritten, FileInUse: see `draw_each`.
     """
     return list(draw_each(folder, toy, only=only, quick=quick))
 

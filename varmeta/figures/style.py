@@ -5,11 +5,13 @@ A colour means one thing in all of them. They are Okabe and Ito's, as in `varmet
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patheffects import withStroke
 from numpy.typing import ArrayLike
 
+from varmeta.files import write
 from varmeta.report_style import COLOURS, GRID, INK, MUTED, plain
 
 BLUE, VERMILION, GREEN, PINK, ORANGE, SKY = COLOURS[:6]
@@ -134,15 +137,14 @@ class Movie:
 
 def save(picture: Figure | Movie, folder: str | PathLike[str], name: str) -> Path:
     """A PNG file, or a GIF of a movie, which appears under its name only when complete."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
     path = Path(folder) / f"{name}.{'gif' if isinstance(picture, Movie) else 'png'}"
-    part = path.with_name(f"part_{path.name}")
-    try:
-        if isinstance(picture, Movie):
-            picture.write(part)
-        else:
-            picture.savefig(part, dpi=_DPI, format="png")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    if isinstance(picture, Movie):
+        with TemporaryDirectory() as place:
+            picture.write(Path(place) / path.name)
+            data = (Path(place) / path.name).read_bytes()
+    else:
+        buffer = io.BytesIO()
+        picture.savefig(buffer, dpi=_DPI, format="png")
+        data = buffer.getvalue()
+    write(path, data)
     return path

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from signal import SIGINT, default_int_handler, getsignal, signal
-from threading import current_thread, main_thread
+from typing import Any
 
 import pandas as pd
 import torch
@@ -23,6 +23,7 @@ from rich.progress import (
 )
 from torch import Tensor
 
+from varmeta.files import BrokenFile, load, locked, not_usable, packed, require_writable, write
 from varmeta.inference.base import Batch, NonFiniteLoss, State, StepInfo, Strategy
 from varmeta.inference.diagnostics import (
     by_task,
@@ -35,6 +36,7 @@ from varmeta.inference.diagnostics import (
     warn_of_skipped,
 )
 from varmeta.inference.quasi_newton import moving
+from varmeta.inference.stopping import Terminated, whole_steps
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import TaskPosterior
@@ -44,6 +46,8 @@ from varmeta.tasks import Tasks, TaskSource
 
 _BATCH, _STEP, _ADAPT, _INIT = range(4)  # streams of a fit's seed
 _SECONDS_BETWEEN_CHECKPOINTS = 60.0
+_log = logging.getLogger("varmeta")
+_SAVED = {"state": dict, "seed": int, "strategy": str, "history": dict, "stats": dict}
 
 
 @dataclass(eq=False)
@@ -195,7 +199,11 @@ class Fit:
         return find_shrinkage(self, tasks, posterior, query, least)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the state and history; tensors and numbers only, loadable with `weights_only`."""
+        """Write the state and history; tensors and numbers only, loadable with `weights_only`.
+
+        Raises:
+            NotWritten: a full disk, say; what the path held before is kept.
+        """
         saved = {
             "state": self.state.state_dict(),
             "seed": self.seed,
@@ -204,10 +212,7 @@ class Fit:
             "stats": self.stats,
             "moved": torch.stack(self.path) if self.path else [],
         }
-        target = Path(path)
-        part = target.with_name(target.name + ".part")  # never a half-written file under the name
-        torch.save(saved, part)
-        part.replace(target)
+        write(Path(path), packed(saved))
 
 
 def fit(
@@ -239,17 +244,27 @@ def fit(
         prior: default `GaussianPrior.from_density(density)`.
         batch_size: tasks per step, in a new random order every epoch; all if None.
         seed: of everything random.
-        checkpoint: a file that is written about once a minute, on Ctrl-C and at the end. If it
-            exists the run goes on from there.
+        checkpoint: a file, in a folder that exists, that is written about once a minute, at the
+            end, and when Ctrl-C, SIGTERM or an error in `on_step` stops the run. If it exists the
+            run goes on from there.
         progress: show a progress bar; None for "when the output is a terminal".
         on_step: called after each step.
 
     Raises:
         ValueError: a task without support rows, a batch size out of range, a checkpoint of another
             strategy or seed.
+        NotWritten: the checkpoint cannot be written; found before the first step, save for a disk
+            that fills up.
+        BrokenFile: the checkpoint is none, or damaged.
+        FileInUse: another run is at work on the checkpoint.
         NonFiniteLoss: with the task's name; the checkpoint holds the step before.
         KeyboardInterrupt: after the step is done and the checkpoint written, with how to resume.
+        Terminated: the same for SIGTERM; a `SystemExit` of status 143. Without a checkpoint SIGTERM
+            ends the program as always.
     """
+    path = Path(checkpoint) if checkpoint is not None else None
+    if path is not None:
+        require_writable(path, "checkpoint")
     (tasks.batch(0) if isinstance(tasks, TaskSource) else tasks).require_rows("tasks")
     training = strategy.prepare(tasks, seed)
     if batch_size is not None:
@@ -265,26 +280,8 @@ def fit(
     say_of_stream(tasks, prior)
     state = settled.init(density, prior, training, _noise(density, seed, _INIT))
     run = _Run(strategy, settled, density, tasks, training, state, seed, batch_size)
-    path = Path(checkpoint) if checkpoint is not None else None
-    if path is not None and path.exists():
-        run.load(path)
-    try:
-        run.loop(path, progress, on_step)
-    except KeyboardInterrupt:
-        if path is None or not run.whole:
-            raise
-        run.result().save(path)
-        raise KeyboardInterrupt(
-            f"stopped after step {state.step} of {strategy.num_steps}; everything done is in "
-            f"{path}. Call fit again with the same arguments to resume"
-        ) from None
-    except NonFiniteLoss as error:
-        if path is not None:
-            run.result().save(path)
-        raise NonFiniteLoss(f"{strategy.name}: {error}") from error
-    result = run.result()
-    if path is not None:
-        result.save(path)
+    with locked(path) if path is not None else nullcontext():
+        result = _ran(run, path, progress, on_step)
     warn_of(strategy.name, run.stats_by_task())
     skipped = state.counts.get("skipped", [0])
     if skipped[0]:
@@ -292,6 +289,40 @@ def fit(
     if result.converged is False:
         warn_of_limit(strategy.name, result.reason)
     warn_of_collapse(result)
+    return result
+
+
+def _ran(
+    run: _Run,
+    path: Path | None,
+    progress: bool | None,
+    on_step: Callable[[int, StepInfo], None] | None,
+) -> Fit:
+    """The run taken to its end, from the checkpoint on if there is one; saved however it ends."""
+    if path is not None and path.exists():
+        run.load(path)
+    try:
+        run.loop(path, progress, on_step)
+    except BaseException as error:
+        said = ""
+        if path is not None and (run.whole or isinstance(error, NonFiniteLoss)):
+            run.result().save(path)
+            said = (
+                f"stopped after step {run.state.step} of {run.strategy.num_steps}; everything done "
+                f"is in {path}. Call fit again with the same arguments to resume"
+            )
+        if isinstance(error, NonFiniteLoss):
+            raise NonFiniteLoss(f"{run.strategy.name}: {error}") from error
+        if isinstance(error, Terminated):
+            _log.warning(f"SIGTERM: {said}")  # a program says nothing of its own when it exits
+        if said and type(error) in (KeyboardInterrupt, Terminated):
+            raise type(error)(said) from None
+        if said:
+            error.add_note(said)
+        raise
+    result = run.result()
+    if path is not None:
+        result.save(path)
     return result
 
 
@@ -330,7 +361,7 @@ class _Run:
         seconds, gradients = last["seconds"], last["gradients"]
         saved = time.monotonic()
         noise = generators(self.seed, _STEP, first=state.step, device=_device(self.density))
-        with _whole_steps() as pause, _bar(progress) as bar:
+        with whole_steps(saves=path is not None) as pause, _bar(progress) as bar:
             line = bar.add_task(self.strategy.name, total=total, completed=state.step, note="")
             while state.step < total and not state.arrived:
                 start = time.perf_counter()
@@ -363,13 +394,21 @@ class _Run:
         return by_task(self.stats, self.training.names, self.tasks.names)
 
     def load(self, path: Path) -> None:
-        saved = torch.load(path, weights_only=True)
+        saved = load(path, _SAVED)
         for name, mine in (("strategy", repr(self.strategy)), ("seed", self.seed)):
             if saved[name] != mine:
                 raise ValueError(
                     f"checkpoint {path} is of {name} {saved[name]}, wanted {mine}; remove the file "
                     "or name another"
                 )
+        try:
+            self._restore(saved)
+        except ValueError as error:
+            raise BrokenFile(not_usable(path, str(error))) from None
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError):
+            raise BrokenFile(not_usable(path, "a part of its state is missing or odd")) from None
+
+    def _restore(self, saved: dict[str, Any]) -> None:
         self.state.load_state_dict(saved["state"])
         self.rows = pd.DataFrame(saved["history"]).to_dict("records")  # type: ignore[assignment]
         self.stats = saved["stats"]
@@ -425,35 +464,6 @@ def _noise(density: Density, seed: int, *stream: int) -> torch.Generator:
 
 def _device(density: Density) -> torch.device:
     return density.sites[0].loc.device
-
-
-@contextmanager
-def _whole_steps() -> Iterator[Callable[[], None]]:
-    """Ctrl-C waits for the end of the step, where the function given is called; a second does not.
-
-    A step that is left half done could not be resumed exactly.
-    """
-    pressed = False
-
-    def remember(*_: object) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-
-    def pause() -> None:
-        if pressed:
-            raise KeyboardInterrupt
-
-    # Elsewhere Ctrl-C does not arrive, or the user has a handler of his own.
-    ours = current_thread() is main_thread() and getsignal(SIGINT) is default_int_handler
-    if ours:
-        signal(SIGINT, remember)
-    try:
-        yield pause
-    finally:
-        if ours:
-            signal(SIGINT, default_int_handler)
 
 
 def _bar(progress: bool | None) -> Progress:
