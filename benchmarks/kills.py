@@ -32,8 +32,11 @@ CALLS = ("mkdir", "replace", "fsync", "unlink", "rmdir")  # of `os`; and each wr
 
 
 @contextmanager
-def at_operations(act: Callable[[str], None]) -> Iterator[None]:
-    """Call `act` with its name before each operation on files, and in the middle of each write."""
+def at_operations(act: Callable[[str], None], root: Path) -> Iterator[None]:
+    """Call `act` with its name before each operation below `root`, in the middle of each write.
+
+    `fsync` is called for, and not made: a kill, unlike a power cut, does not need it.
+    """
 
     class Halves:
         def __init__(self, file: Any) -> None:
@@ -57,12 +60,15 @@ def at_operations(act: Callable[[str], None]) -> Iterator[None]:
 
     def opened(path: Any, mode: str = "r", *rest: Any, **named: Any) -> Any:
         file = builtins.open(path, mode, *rest, **named)  # noqa: SIM115
-        return Halves(file) if "w" in mode else file
+        return Halves(file) if "w" in mode and str(path).startswith(str(root)) else file
 
     def before(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def called(*given: Any, **named: Any) -> Any:
-            act(name)
-            return call(*given, **named)
+        def called(target: Any, *given: Any, **named: Any) -> Any:
+            if name == "fsync":
+                return act(name)
+            if str(target).startswith(str(root)):
+                act(name)
+            return call(target, *given, **named)
 
         return called
 
@@ -172,7 +178,7 @@ def started(name: str, folder: Path, at: int = -1) -> int:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with at_operations(act):
+        with at_operations(act, folder):
             work(name, folder)
         (folder.parent / "operations").write_text(str(count + 1))
     except BaseException as error:

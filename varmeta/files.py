@@ -104,8 +104,8 @@ def require_writable(path: Path, argument: str) -> None:
         NotWritten: there is no such folder, it is read-only or full, or the path is a folder or no
             ordinary file.
     """
-    target = Path(os.path.realpath(path))
     try:
+        target = Path(os.path.realpath(path))
         if target.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder; name a file in it")
         if not target.parent.exists():
@@ -187,9 +187,11 @@ def locked(path: Path) -> Iterator[None]:
             held.write_text(f"{os.getpid()}\n")
         yield
     finally:
-        with suppress(OSError):  # while we have it: whoever comes next locks a file of its own
-            held.unlink()
-        lock.release()
+        try:
+            with suppress(OSError):  # while we have it: whoever comes next locks a file of its own
+                held.unlink()
+        finally:
+            lock.release()
 
 
 # -- reading ---------------------------------------------------------------------------------------

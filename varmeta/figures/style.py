@@ -23,7 +23,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patheffects import withStroke
 from numpy.typing import ArrayLike
 
-from varmeta.files import write
+from varmeta.files import NotWritten, why, write
 from varmeta.report_style import COLOURS, GRID, INK, MUTED, plain
 
 BLUE, VERMILION, GREEN, PINK, ORANGE, SKY = COLOURS[:6]
@@ -139,9 +139,14 @@ def save(picture: Figure | Movie, folder: str | PathLike[str], name: str) -> Pat
     """A PNG file, or a GIF of a movie, which appears under its name only when complete."""
     path = Path(folder) / f"{name}.{'gif' if isinstance(picture, Movie) else 'png'}"
     if isinstance(picture, Movie):
-        with TemporaryDirectory() as place:
-            picture.write(Path(place) / path.name)
-            data = (Path(place) / path.name).read_bytes()
+        try:
+            with TemporaryDirectory() as place:
+                picture.write(Path(place) / path.name)
+                data = (Path(place) / path.name).read_bytes()
+        except OSError as error:
+            raise NotWritten(
+                error.errno, f"{path} could not be written: {why(error)}, for temporary files"
+            ) from error
     else:
         buffer = io.BytesIO()
         picture.savefig(buffer, dpi=_DPI, format="png")
