@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -164,14 +165,14 @@ def test_overwriting_killed_at_any_file_operation_leaves_the_old_run_or_the_new(
     tmp_path: Path,
 ) -> None:
     def prepared(name: str) -> Path:
-        old_run(tmp_path / name)
-        return tmp_path / name
+        return Path(shutil.copytree(tmp_path / "old", tmp_path / name))
 
+    old_run(tmp_path / "old")
     calm = prepared("calm")
     new_run(calm, overwrite=True)
     wanted = tree(calm)
     assert set(wanted) == {*NEW_FILES, "run.json", "mine.txt"}
-    before = tree(prepared("old"))
+    before = tree(tmp_path / "old")
     total = operations(replace_run, prepared("counted"))
     seen = set()
     for at in range(total):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import matplotlib
@@ -285,8 +286,8 @@ def test_write_figures(tmp_path: Path) -> None:
 
 
 def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def breaks(self: Figure, path: Path, **_: object) -> None:
-        path.write_bytes(b"half")
+    def breaks(self: Figure, buffer: io.BytesIO, **_: object) -> None:
+        buffer.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(Figure, "savefig", breaks)
