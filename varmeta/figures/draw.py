@@ -65,7 +65,7 @@ def draw_each(
         raise ValueError(f"only: no picture {only!r}; there are: {', '.join(FIGURES)}")
     make_folder(Path(folder), "folder")
     require_writable(Path(folder) / "figures", "folder")
-    with locked(Path(folder) / "figures"):
+    with locked(Path(folder) / "figures", f"folder {str(folder)!r}"):
         yield from _drawn(folder, toy, only, quick)
 
 
