@@ -137,15 +137,15 @@ def to_arviz(
 def netcdf(data: Any) -> memoryview:
     """The bytes of a netCDF file with what `to_arviz` returned; `from_netcdf` reads it.
 
-    Numbers are compressed and have check sums. Made in memory: HDF5 ends the process if it is
-    writing when the disk is full.
+    Numbers are compressed, which gives them check sums. Made in memory: HDF5 ends the process if
+    it is writing when the disk is full.
     """
     import xarray as xr
 
     if not isinstance(data, xr.DataTree):
         groups = {name: data[name] for name in data.groups()}
         data = xr.DataTree.from_dict({"/": xr.Dataset(attrs=data.attrs), **groups})
-    packed = {"zlib": True, "fletcher32": True}
+    packed = {"zlib": True}
     encoding = {
         node.path: {
             n: packed for n, v in node.variables.items() if v.ndim and v.dtype.kind in "iuf"

@@ -201,6 +201,7 @@ def _move(aside: Path, home: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     old = set() if there is None else set(there["files"])
     _remove(home, old - set(manifest["files"]))
     for name in manifest["files"]:
+        _clear(home / name)
         if (aside / name).exists():
             make_folder((home / name).parent, "folder")
             (aside / name).replace(home / name)
@@ -211,15 +212,20 @@ def _move(aside: Path, home: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _remove(folder: Path, names: Iterable[str]) -> None:
-    """Remove files, what a kill left beside them, and the folders that they leave empty."""
+    """Remove files, what kills left beside them, and the folders that they leave empty."""
     emptied = {folder} if folder.name == _ASIDE else set()
     for name in names:
         target = folder / name
         target.unlink(missing_ok=True)
-        part_of(target).unlink(missing_ok=True)
-        lock_of(target).unlink(missing_ok=True)
+        _clear(target)
         if target.parent != folder:
             emptied.add(target.parent)
     for path in sorted(emptied, key=lambda p: -len(p.parts)):
         with suppress(OSError):  # not empty, or not there
             path.rmdir()
+
+
+def _clear(target: Path) -> None:
+    """Remove what a kill may have left beside a file."""
+    part_of(target).unlink(missing_ok=True)
+    lock_of(target).unlink(missing_ok=True)
