@@ -187,6 +187,7 @@ def test_overwriting_killed_at_any_file_operation_leaves_the_old_run_or_the_new(
 def test_a_run_killed_at_any_file_operation_leaves_nothing_that_is_nobodys(
     tmp_path: Path,
 ) -> None:
+    (tmp_path / "counted").mkdir()
     for at in range(operations(new_run, tmp_path / "counted" / "run")):
         folder = tmp_path / f"{at}" / "run"
         folder.parent.mkdir()
