@@ -23,6 +23,7 @@ from rich.progress import (
 )
 from torch import Tensor
 
+from varmeta.fingerprint import Fingerprint, check_same, fingerprint
 from varmeta.inference.base import Batch, NonFiniteLoss, State, StepInfo, Strategy
 from varmeta.inference.diagnostics import (
     note,
@@ -60,6 +61,8 @@ class Fit:
         stats: per-task diagnostics `[T]` of the last visit to each training task.
         path: `[M]` each, how far the log scales had moved after each step, for `scales`.
         settled: the strategy with every choice made that it left open.
+        batch_size: tasks per step; None for all.
+        fingerprint: what identifies the run, taken at its start; None where nothing was kept.
     """
 
     strategy: Strategy
@@ -71,6 +74,8 @@ class Fit:
     stats: dict[str, Tensor] = field(default_factory=dict)
     path: list[Tensor] = field(default_factory=list)
     settled: Strategy | None = None
+    batch_size: int | None = None
+    fingerprint: Fingerprint | None = None
 
     @property
     def _ran(self) -> Strategy:
@@ -195,6 +200,7 @@ class Fit:
     def save(self, path: str | PathLike[str]) -> None:
         """Write the state and history; tensors and numbers only, loadable with `weights_only`."""
         saved = {
+            "fingerprint": self.fingerprint or _identify(self),
             "state": self.state.state_dict(),
             "seed": self.seed,
             "strategy": repr(self.strategy),
@@ -238,13 +244,15 @@ def fit(
         batch_size: tasks per step, in a new random order every epoch; all if None.
         seed: of everything random.
         checkpoint: a file that is written about once a minute, on Ctrl-C and at the end. If it
-            exists the run goes on from there.
+            exists the run goes on from there, provided that it is of the same run: same data,
+            split, order of tasks, model, prior, strategy, batch size, seed and versions (see
+            `varmeta.fingerprint`). A finished one is read, and no step taken.
         progress: show a progress bar; None for "when the output is a terminal".
         on_step: called after each step.
 
     Raises:
         ValueError: a task without support rows, a batch size out of range, a checkpoint of another
-            strategy or seed.
+            run: the message says in what it differs.
         NonFiniteLoss: with the task's name; the checkpoint holds the step before.
         KeyboardInterrupt: after the step is done and the checkpoint written, with how to resume.
     """
@@ -262,10 +270,13 @@ def fit(
     settled = strategy.settled(density, whole=whole)
     say_of_stream(tasks, prior)
     state = settled.init(density, prior, training, _noise(density, seed, _INIT))
-    run = _Run(strategy, settled, density, tasks, training, state, seed, batch_size)
+    size = None if whole else batch_size
+    run = _Run(strategy, settled, density, tasks, training, state, seed, size)
     path = Path(checkpoint) if checkpoint is not None else None
-    if path is not None and path.exists():
-        run.load(path)
+    if path is not None:
+        run.fingerprint = _identify(run.result())
+        if path.exists():
+            run.load(path)
     try:
         run.loop(path, progress, on_step)
     except KeyboardInterrupt:
@@ -316,6 +327,7 @@ class _Run:
         self.all: Batch | None = None  # of all tasks, when they come in one
         self.order: tuple[int, Tensor] | None = None  # an epoch, and its order of the tasks
         self.whole = True  # not within a step, which may have changed half of the state
+        self.fingerprint: Fingerprint | None = None
 
     def loop(
         self,
@@ -352,16 +364,24 @@ class _Run:
     def result(self) -> Fit:
         history, given = pd.DataFrame(self.rows), (self.strategy, self.density, self.tasks)
         stats = {name: value.detach() for name, value in self.stats.items()}
-        return Fit(*given, self.state, self.seed, history, stats, self.path, self.settled)
+        return Fit(
+            *given,
+            self.state,
+            self.seed,
+            history,
+            stats,
+            self.path,
+            self.settled,
+            self.batch_size,
+            self.fingerprint,
+        )
 
     def load(self, path: Path) -> None:
         saved = torch.load(path, weights_only=True)
-        for name, mine in (("strategy", repr(self.strategy)), ("seed", self.seed)):
-            if saved[name] != mine:
-                raise ValueError(
-                    f"checkpoint {path} is of {name} {saved[name]}, wanted {mine}; remove the file "
-                    "or name another"
-                )
+        state = saved["state"]
+        done = bool(state["arrived"]) or state["step"] >= self.strategy.num_steps
+        assert self.fingerprint is not None
+        check_same(saved.get("fingerprint"), self.fingerprint, path, done)
         self.state.load_state_dict(saved["state"])
         self.rows = pd.DataFrame(saved["history"]).to_dict("records")  # type: ignore[assignment]
         self.stats = saved["stats"]
@@ -407,6 +427,18 @@ class _Run:
                 fill = float("nan") if value.is_floating_point() else 0
                 self.stats[name] = value.new_full((len(self.training),), fill)
             self.stats[name][batch.index] = value.detach()
+
+
+def _identify(run: Fit) -> Fingerprint:
+    """What the run is, as it stands at its start."""
+    return fingerprint(
+        {"": run.strategy},
+        run.density,
+        {"": run.tasks},
+        run.state.meta.origin,
+        batch_size=run.batch_size,
+        seed=run.seed,
+    )
 
 
 def _noise(density: Density, seed: int, *stream: int) -> torch.Generator:
