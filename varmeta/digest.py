@@ -6,7 +6,7 @@ import dis
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from typing import Any
 
@@ -22,12 +22,14 @@ _DEEPEST = 100  # objects within objects; what lies deeper, or behind so many, c
 _MOST = 100_000
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), type(NotImplemented))
 _CACHED = (cached_property, lazy_property)
+_NOTED = {"_pyro_context", "_inv", "_cached_x_y"}  # by PyTorch and Pyro, in modules and transforms
 _MOVING = (
     Iterator,
     torch.Generator,
     np.random.Generator,
     np.random.RandomState,
 )  # as they are used
+_SETTING = ("STORE_GLOBAL", "STORE_DEREF")
 _HAS_DOCSTRING = 0x4000000  # a flag of code objects since Python 3.13
 _NO_CLASS_CONTENT = {
     "__module__",
@@ -53,16 +55,23 @@ def digest(*things: Any) -> str:
     return _hash("digest", *map(walk, things)).hex()[:LENGTH]
 
 
-def digests_of(thing: Any) -> dict[str, str]:
+def digests_of(thing: Any, *, contents: bool = True) -> dict[str, str]:
     """Of a function or another callable, a hash of each part that a user has a name for.
 
-    Its `code` under "", and by its name whatever else it reads: globals, variables around it,
-    defaults; of an object (a module, a method's `self`) its `attributes`, in one.
+    Its code under "", and by its name whatever else it reads: globals, variables around it,
+    defaults; of an object (a module, a method's `self`) its `attributes`, in one. Without what it
+    sets itself, as `global count`.
+
+    Args:
+        thing: the callable.
+        contents: with what is in the lists, dictionaries and other objects that it reads, which it
+            may change as it runs; else they count by their class.
     """
     if isinstance(thing, types.MethodType):
-        owner, found = digests_of(thing.__self__), digests_of(thing.__func__)
+        owner = digests_of(thing.__self__, contents=contents)
+        found = digests_of(thing.__func__, contents=contents)
         return owner | found | {"": digest(owner[""], found[""])}
-    walk = _Walk()
+    walk = _Walk(contents=contents)
     return {name: walk(part).hex()[:LENGTH] for name, part in _named_parts(thing)}
 
 
@@ -84,7 +93,8 @@ def unseen(thing: Any) -> str | None:
 class _Walk:
     """One walk through objects: each is hashed once, and one within itself by how far up it is."""
 
-    def __init__(self, around: _Walk | None = None) -> None:
+    def __init__(self, around: _Walk | None = None, *, contents: bool = True) -> None:
+        self.contents: bool = around.contents if around else contents
         self.open: dict[int, int] = dict(around.open) if around else {}
         self.done: dict[int, bytes] = {}
         self.kept: list[Any] = around.kept if around else []  # alive, so that no two have one id
@@ -116,6 +126,8 @@ class _Walk:
             )
         if isinstance(thing, (np.ndarray, np.generic)):
             return self._array(np.asarray(thing))
+        if not self.contents and isinstance(thing, (set, dict, list)):
+            return self(type(thing))
         if isinstance(thing, (set, frozenset)):
             return _hash(_name(type(thing)), *sorted(_Walk(self)(item) for item in thing))
         if type(thing) in (dict, types.MappingProxyType):
@@ -142,6 +154,11 @@ class _Walk:
             return _hash("wrapped", self(thing.__wrapped__))  # `lru_cache`, `jit`
         if isinstance(thing, _MOVING):
             return _hash("name", _name(type(thing)).encode())
+        if isinstance(thing, partial):
+            given = self(thing.args), self._mapping(thing.keywords)
+            return _hash("partial", self(thing.func), *given)
+        if isinstance(thing, torch.distributions.Distribution):
+            return _hash("law", self(type(thing)), self._mapping(_law_parts(thing)))
         if isinstance(thing, types.BuiltinFunctionType):
             owner = thing.__self__
             inside = None if isinstance(owner, (types.ModuleType, type)) else owner
@@ -151,7 +168,7 @@ class _Walk:
     def _array(self, array: np.ndarray) -> bytes:
         kind = repr((array.dtype.str, array.dtype.names, array.shape)).encode()
         if array.dtype.hasobject:
-            return _hash("array", kind, self(array.tolist()))
+            return _hash("array", kind, self(tuple(array.flat)))
         return _hash("array", kind, np.ascontiguousarray(array).data)
 
     def _mapping(self, mapping: Mapping[Any, Any]) -> bytes:
@@ -174,7 +191,7 @@ class _Walk:
         bases = [self(base) for base in cls.__bases__]
         if _is_library(_file_of(cls)):
             return _hash("class", _name(cls).encode(), *bases)
-        return _hash("class", *bases, self(_class_parts(cls)))
+        return _hash("class", *bases, self._mapping(_class_parts(cls)))
 
     def _object(self, thing: Any) -> bytes:
         reduced = _reduced(thing)
@@ -182,6 +199,8 @@ class _Walk:
             self.unseen.append(_name(thing))
         if reduced is None or isinstance(reduced, str):  # a lock, a file; or known by its name
             return _hash("name", _name(thing).encode(), str(reduced).encode())
+        if not self.contents:
+            return self(type(thing))
         return _hash("object", self(type(thing)), self(reduced))
 
 
@@ -253,13 +272,17 @@ def _function_parts(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     if function.__doc__ is not None and code.co_consts[:1] == (function.__doc__,):
         code = code.replace(co_consts=(None, *code.co_consts[1:]))
     yield "", code
+    set_here = {step.argval for step in _steps(code) if step.opname in _SETTING}
     if not _is_library(code.co_filename):
-        yield from _globals_read(function.__code__, function.__globals__).items()
+        read = _globals_read(code, function.__globals__)
+        yield from ((name, value) for name, value in read.items() if name not in set_here)
     arguments = code.co_varnames[: code.co_argcount]
     defaults = function.__defaults__ or ()
     yield from zip(arguments[len(arguments) - len(defaults) :], defaults, strict=True)
     yield from (function.__kwdefaults__ or {}).items()
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        if name in set_here:
+            continue
         try:
             yield name, cell.cell_contents
         except ValueError:  # empty
@@ -270,7 +293,7 @@ def _globals_read(code: types.CodeType, namespace: dict[str, Any]) -> dict[str, 
     """By name, also within a module of the user's: `SCALE`, `helpers.scale`."""
     found: dict[str, Any] = {}
     name, inside = "", None  # a module of the user's, whose attribute may be read next
-    for step in dis.get_instructions(code):
+    for step in _steps(code):
         if step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "IMPORT_NAME"):
             name = step.argval
             given = sys.modules if step.opname == "IMPORT_NAME" else namespace
@@ -286,10 +309,15 @@ def _globals_read(code: types.CodeType, namespace: dict[str, Any]) -> dict[str, 
                     name, inside = f"{name}.{step.argval}", value
             else:
                 inside = None
+    return found
+
+
+def _steps(code: types.CodeType) -> Iterator[dis.Instruction]:
+    """Of a function, then of the functions within it."""
+    yield from dis.get_instructions(code)
     for part in code.co_consts:
         if isinstance(part, types.CodeType):
-            found |= _globals_read(part, namespace)
-    return found
+            yield from _steps(part)
 
 
 def _class_parts(cls: type) -> dict[str, Any]:
@@ -318,8 +346,6 @@ def _reduced(thing: Any) -> Any:
     """What it would be pickled as: a name, `(maker, arguments, state, ...)`, or None."""
     if isinstance(thing, torch.nn.Module):
         return None, (), _uncached(thing, {**vars(thing)})
-    if isinstance(thing, torch.distributions.Distribution):
-        return None, (), _distribution(thing)
     try:
         reduced = thing.__reduce_ex__(2)
     except Exception:  # whatever a class of the user's says to being pickled
@@ -338,14 +364,15 @@ def _listed(items: Iterable[Any] | None) -> list[Any]:
 
 def _uncached(thing: Any, state: Mapping[str, Any]) -> dict[str, Any]:
     """Without what was computed when it was first asked for, or noted when it was last used."""
+    noted = _NOTED - {"_inv"} if type(thing).__name__ == "_InverseTransform" else _NOTED
     return {
         name: value
         for name, value in state.items()
-        if not isinstance(getattr(type(thing), name, None), _CACHED) and name != "_pyro_context"
+        if not (isinstance(getattr(type(thing), name, None), _CACHED) or name in noted)
     }
 
 
-def _distribution(law: Any) -> dict[str, Any]:
+def _law_parts(law: Any) -> dict[str, Any]:
     """Its parameters, whichever of them it was given: `logits` are cached where `probs` were."""
     state = _uncached(law, vars(law))
     state.pop("_validate_args", None)

@@ -20,7 +20,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from varmeta.digest import digest, digest_of_class, digests_of, unseen
+from varmeta.digest import LENGTH, digest, digest_of_class, digests_of, unseen
 from varmeta.inference.base import Strategy
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
@@ -29,7 +29,7 @@ from varmeta.tasks import Tasks, TaskSource
 Fingerprint = dict[str, str]
 _VERSIONS = {
     "varmeta": version("varmeta-ppl"),
-    "torch": torch.__version__,
+    "torch": str(torch.__version__),  # not its own kind of text
     "pyro": pyro.__version__,
     "Python": ".".join(platform.python_version_tuple()[:2]),
 }
@@ -74,7 +74,7 @@ def fingerprint(
     return found | _VERSIONS
 
 
-def differences(there: Mapping[str, str], here: Mapping[str, str]) -> dict[str, str]:
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, str]:
     """The topics in which two fingerprints differ, each with how, in words.
 
     Args:
@@ -89,7 +89,7 @@ def differences(there: Mapping[str, str], here: Mapping[str, str]) -> dict[str, 
         elif topic not in here:
             found[topic] = f"{topic} (gone)"
         elif there[topic] != here[topic]:
-            found[topic] = topic + _change(there[topic], here[topic])
+            found[topic] = topic + _change(str(there[topic]), str(here[topic]))
     for topic in list(found):  # where names differ, so does their order
         if topic.replace("the order of the tasks", names) in set(found) - {topic}:
             del found[topic]
@@ -146,14 +146,14 @@ def check_same(
 
 def _differ_in_steps(there: Fingerprint, here: Fingerprint) -> bool:
     def rest(of: Fingerprint) -> str:
-        return re.sub(r"\bsteps=\d+", "", of["the strategy"].rsplit(" #", 1)[0])
+        return re.sub(r"\bsteps=\d+", "", _readable(of["the strategy"]))
 
     return there["the strategy"] != here["the strategy"] and rest(there) == rest(here)
 
 
 def _change(there: str, here: str) -> str:
     """From what to what, where that can be read; of two long texts the parts that differ."""
-    before, after = (text.rsplit(" #", 1)[0] if "#" in text else text for text in (there, here))
+    before, after = _readable(there), _readable(here)
     if before == after:
         return ""
     if max(len(before), len(after)) > _SHOWN:
@@ -167,6 +167,10 @@ def _change(there: str, here: str) -> str:
     return f" ({before}, now {after})"
 
 
+def _readable(text: str) -> str:
+    return re.sub(f" ?#[0-9a-f]{{{LENGTH}}}$", "", text)
+
+
 # -- the parts of a run ----------------------------------------------------------------------------
 
 
@@ -177,7 +181,7 @@ def _of_data(tasks: Tasks | TaskSource) -> Fingerprint:
     return {
         "the stream's seed": str(tasks.seed),
         "the stream's device": str(tasks.device),
-        **_of_code("the stream's", tasks.draw),
+        **_of_code("the stream's", tasks.draw, tasks.digests),
         "the stream's first batches": f"#{digest(batches)}",
     }
 
@@ -204,7 +208,7 @@ def _of_tasks(tasks: Tasks) -> Fingerprint:
 
 
 def _of_model(density: Density) -> Fingerprint:
-    found = _of_code("the model's", density.model)
+    found = _of_code("the model's", density.model, density.digests)
     sites = (*density.sites, *density.shared_sites)
     for site in sites:
         what = site.description()
@@ -254,8 +258,13 @@ def _of_strategy(strategy: Strategy) -> str:
     return f"{text} #{digest(digest_of_class(type(strategy)), settings)}"
 
 
-def _of_code(whose: str, thing: Any) -> Fingerprint:
-    return {f"{whose} {name or 'code'}": f"#{text}" for name, text in digests_of(thing).items()}
+def _of_code(whose: str, thing: Any, before: Mapping[str, str]) -> Fingerprint:
+    """As it is now, with the contents of what it reads as they were before it ran."""
+    now = digests_of(thing, contents=False)
+    return {
+        f"{whose} {name or 'code'}": f"#{digest(text, before.get(name))}"
+        for name, text in now.items()
+    }
 
 
 def _rounded(numbers: Tensor) -> Tensor:

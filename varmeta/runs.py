@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from varmeta.file_names import file_names
+from varmeta.fingerprint import differences, in_words
 
 _MANIFEST = "run.json"
 
@@ -20,7 +22,9 @@ class RunFolder:
 
     Args:
         folder: made if it does not exist.
-        settings: what identifies the run (JSON values); a run resumes only under the same ones.
+        settings: what identifies the run, by topic (see `varmeta.fingerprint`); a run resumes only
+            under the same ones.
+        names: of the strategies, each of which has files of its own.
         overwrite: remove the files of the run that is there, finished or not. Files that no run
             wrote are never touched.
 
@@ -30,9 +34,15 @@ class RunFolder:
     """
 
     def __init__(
-        self, folder: Path, settings: Mapping[str, Any], *, overwrite: bool = False
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        names: Iterable[str] = (),
+        *,
+        overwrite: bool = False,
     ) -> None:
         self.folder = folder
+        self._stems = file_names(names)
         self._manifest = {
             "finished": False,
             "settings": json.loads(json.dumps(settings)),
@@ -51,9 +61,9 @@ class RunFolder:
                 )
             elif there["settings"] != self._manifest["settings"]:
                 raise FileExistsError(
-                    f"folder {str(folder)!r} holds an unfinished run with other settings; repeat "
-                    "them to resume it, give overwrite=True (--overwrite) to drop it, or another "
-                    "folder"
+                    f"folder {str(folder)!r} holds an unfinished run with other settings: "
+                    f"{_other(there['settings'], settings)}; repeat them to resume it, give "
+                    "overwrite=True (--overwrite) to drop it, or another folder"
                 )
             else:
                 self._manifest["files"] = there["files"]
@@ -65,10 +75,9 @@ class RunFolder:
         (folder / "states").mkdir(parents=True, exist_ok=True)
         self._save()
 
-    @staticmethod
-    def file_name(name: str) -> str:
-        """A strategy's name as the stem of a file name."""
-        return re.sub(r"[\W_]+", "_", name).strip("_") or "strategy"
+    def file_name(self, name: str) -> str:
+        """A strategy's name as the stem of a file name, which no other has."""
+        return self._stems[name]
 
     def state_file(self, name: str) -> Path:
         """Where the named strategy's checkpoint lies."""
@@ -111,6 +120,13 @@ class RunFolder:
         part = self.folder / f"part_{_MANIFEST}"
         part.write_text(json.dumps(self._manifest, indent=2))
         part.replace(self.folder / _MANIFEST)
+
+
+def _other(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """In what an unfinished run is another one."""
+    if any(isinstance(value, dict) for value in there.values()):
+        return "an earlier version of varmeta wrote it, without its data and model"
+    return f"it differs in {in_words(differences(there, here))}"
 
 
 def _unlink(folder: Path, name: str) -> None:
