@@ -198,7 +198,10 @@ def test_a_finished_run_is_only_read(tmp_path: Path) -> None:
         ),
         ({"strategy": IMAML(steps=10)}, "differs in the strategy"),
         ({"strategy": replace(JOINT, steps=20)}, "A run is not made longer afterwards"),
-        ({"tasks": CASE.tasks.select([0, 1])}, r"the names of the tasks \(6 × task, now 2 × task\)"),
+        (
+            {"tasks": CASE.tasks.select([0, 1])},
+            r"the names of the tasks \(6 × task, now 2 × task\)",
+        ),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused(
@@ -216,7 +219,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     run(checkpoint=path)
     other = case_of(LinearGaussian.random(1, dim=2))
-    with pytest.raises(ValueError, match="another run; it differs in .*the model's dim"):
+    with pytest.raises(ValueError, match=r"another run; it differs in .*the model's dim"):
         fit(JOINT, other.density, other.tasks, checkpoint=path)
 
 

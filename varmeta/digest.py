@@ -247,11 +247,16 @@ def _is_library(file: str | None) -> bool:
 
 
 def _file_of(thing: Any) -> str | None:
-    """The file of the module that defines it; None for a module that is gone or has no file."""
+    """The file of the module that defines it; None for a notebook's and one that is gone."""
     module = sys.modules.get(getattr(thing, "__module__", None) or "")
-    if module is None or module.__name__ == "__main__":
+    return None if module is None else _file_of_module(module)
+
+
+def _file_of_module(module: types.ModuleType) -> str | None:
+    if module.__name__ == "__main__":
         return None
-    return getattr(module, "__file__", None) or f"<frozen {module.__name__}>"  # builtins
+    folders = list(getattr(module, "__path__", ()))  # of a package without a file
+    return getattr(module, "__file__", None) or (folders or [f"<frozen {module.__name__}>"])[0]
 
 
 # -- what there is in an object --------------------------------------------------------------------
@@ -301,7 +306,7 @@ def _globals_read(code: types.CodeType, namespace: dict[str, Any]) -> dict[str, 
             if name in given:
                 found[name] = inside = given[name]
         elif step.opname in ("LOAD_ATTR", "LOAD_METHOD", "IMPORT_FROM") and inside is not None:
-            own = isinstance(inside, types.ModuleType) and not _is_library(inside.__file__)
+            own = isinstance(inside, types.ModuleType) and not _is_library(_file_of_module(inside))
             if own and hasattr(inside, step.argval):
                 value = getattr(inside, step.argval)
                 found[f"{name}.{step.argval}"] = value

@@ -34,6 +34,7 @@ _VERSIONS = {
     "Python": ".".join(platform.python_version_tuple()[:2]),
 }
 _ROUNDING = {"torch", "pyro"}  # whose versions differ in the last digits of what they compute
+_NEW, _GONE = " (new)", " (gone)"
 _SHOWN = 60  # characters of a text that is shown beside another
 _MOST = 8  # topics in a message
 
@@ -81,19 +82,25 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, 
         there: of what was kept.
         here: of what is asked for.
     """
-    names = "the names of the tasks"
     found = {}
     for topic in {**here, **there}:
         if topic not in there:
-            found[topic] = f"{topic} (new)"
+            found[topic] = topic + _NEW
         elif topic not in here:
-            found[topic] = f"{topic} (gone)"
+            found[topic] = topic + _GONE
         elif there[topic] != here[topic]:
             found[topic] = topic + _change(str(there[topic]), str(here[topic]))
-    for topic in list(found):  # where names differ, so does their order
-        if topic.replace("the order of the tasks", names) in set(found) - {topic}:
-            del found[topic]
-    return found
+    return {topic: words for topic, words in found.items() if not _goes_without(topic, found)}
+
+
+def _goes_without(topic: str, found: Mapping[str, str]) -> bool:
+    """Whether another topic says as much: with other names an order is another, and so on."""
+    other = found[topic].endswith((_NEW, _GONE))
+    if topic.endswith("the order of the tasks"):
+        return topic.replace("the order", "the names") in found
+    if topic == "the order of the sites":
+        return any(words.endswith((_NEW, _GONE)) for words in found.values())
+    return other and f"{topic.rpartition(' ')[0]} code" in found  # what other code reads
 
 
 def in_words(found: Mapping[str, str]) -> str:
@@ -154,7 +161,7 @@ def _differ_in_steps(there: Fingerprint, here: Fingerprint) -> bool:
 def _change(there: str, here: str) -> str:
     """From what to what, where that can be read; of two long texts the parts that differ."""
     before, after = _readable(there), _readable(here)
-    if before == after:
+    if before == after or not (before and after):
         return ""
     if max(len(before), len(after)) > _SHOWN:
         parts = [re.split(r"(?<=[,(]) ?", text) for text in (before, after)]
