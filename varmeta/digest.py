@@ -19,7 +19,7 @@ from varmeta.own_code import LIBRARIES, OURS
 
 LENGTH = 12  # hexadecimal digits: two of a million objects are alike by chance once in 500 cases
 _DEEPEST = 100  # objects within objects; what lies deeper, or behind so many, counts by its type
-_MOST = 100_000
+_MOST = 1_000_000
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(...), type(NotImplemented))
 _CACHED = (cached_property, lazy_property)
 _NOTED = {"_pyro_context", "_inv", "_cached_x_y"}  # by PyTorch and Pyro, in modules and transforms
@@ -129,7 +129,7 @@ class _Walk:
         if not self.contents and isinstance(thing, (set, dict, list)):
             return self(type(thing))
         if isinstance(thing, (set, frozenset)):
-            return _hash(_name(type(thing)), *sorted(_Walk(self)(item) for item in thing))
+            return _hash(_name(type(thing)), *sorted(map(self._apart, thing)))
         if type(thing) in (dict, types.MappingProxyType):
             return self._mapping(thing)
         if type(thing) in (list, tuple):
@@ -165,6 +165,10 @@ class _Walk:
             return _hash("builtin", _name(thing).encode(), self(inside))
         return self._object(thing)
 
+    def _apart(self, thing: Any) -> bytes:
+        """As if it were met first: what has no order has no first."""
+        return self(thing) if type(thing) in _PLAIN else _Walk(self)(thing)
+
     def _array(self, array: np.ndarray) -> bytes:
         kind = repr((array.dtype.str, array.dtype.names, array.shape)).encode()
         if array.dtype.hasobject:
@@ -172,7 +176,9 @@ class _Walk:
         return _hash("array", kind, np.ascontiguousarray(array).data)
 
     def _mapping(self, mapping: Mapping[Any, Any]) -> bytes:
-        pairs = sorted(((_Walk(self)(key), value) for key, value in mapping.items()), key=_first)
+        if all(type(part) in _PLAIN for pair in mapping.items() for part in pair):
+            return _hash("plain mapping", *sorted(map(_written, mapping.items())))
+        pairs = sorted(((self._apart(key), value) for key, value in mapping.items()), key=_first)
         return _hash("mapping", *(part for key, value in pairs for part in (key, self(value))))
 
     def _code(self, code: types.CodeType) -> bytes:

@@ -252,7 +252,7 @@ def _of_prior(prior: GaussianPrior) -> Fingerprint:
 
 def _of_strategy(strategy: Strategy) -> str:
     """Its settings, with the code of those that are callables, and its own where it is a user's."""
-    settings = vars(strategy)
+    settings = dict(getattr(strategy, "__dict__", {}))
     if is_dataclass(strategy):
         settings = {f.name: getattr(strategy, f.name) for f in fields(strategy)}
     hidden = unseen(settings)
