@@ -26,7 +26,7 @@ def file_names(names: Iterable[str]) -> dict[str, str]:
         >>> file_names(["IMAML", "PyroSVI (AutoNormal)"])
         {'IMAML': 'IMAML', 'PyroSVI (AutoNormal)': 'PyroSVI_AutoNormal'}
         >>> list(file_names(["svi (tight)", "svi-tight"]).values())
-        ['svi_tight-c1d2c0a5', 'svi_tight-f3a6c5f5']
+        ['svi_tight-27804e65a5cd2279', 'svi_tight-a23033239682232b']
     """
     stems = {name: _stem(name) for name in names}
     times = Counter(stem.lower() for stem in stems.values())
