@@ -191,10 +191,17 @@ def test_a_finished_run_is_only_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seed": 1}, "is of seed 0, wanted 1"),
-        ({"strategy": replace(JOINT, learning_rate=0.1)}, "is of strategy"),
-        ({"strategy": IMAML(steps=10)}, "is of strategy"),
-        ({"tasks": CASE.tasks.select([0, 1])}, "other tasks"),
+        ({"seed": 1}, r"differs in seed \(0, now 1\)"),
+        (
+            {"strategy": replace(JOINT, learning_rate=0.1)},
+            r"differs in the strategy \(learning_rate=0.05, now learning_rate=0.1\)",
+        ),
+        ({"strategy": IMAML(steps=10)}, "differs in the strategy"),
+        ({"strategy": replace(JOINT, steps=20)}, "A run is not made longer afterwards"),
+        (
+            {"tasks": CASE.tasks.select([0, 1])},
+            r"the names of the tasks \(6 × task, now 2 × task\)",
+        ),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused(
@@ -212,7 +219,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     run(checkpoint=path)
     other = case_of(LinearGaussian.random(1, dim=2))
-    with pytest.raises(ValueError, match="another model"):
+    with pytest.raises(ValueError, match=r"another run; it differs in .*the model's dim"):
         fit(JOINT, other.density, other.tasks, checkpoint=path)
 
 

@@ -16,12 +16,15 @@ from rich.text import Text
 
 from varmeta.failures import Attempt, Failures
 from varmeta.files import load
+from varmeta.fingerprint import fingerprint
 from varmeta.inference.base import Strategy
-from varmeta.inference.fit import fit
+from varmeta.inference.fit import Fit, fit
 from varmeta.inference.nuts import PyroNUTS
 from varmeta.inference.reachability import reachability_gap
+from varmeta.kept import PARTS, Kept, part_file
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
+from varmeta.posterior import TaskPosterior
 from varmeta.runs import RunFolder, run_folder
 from varmeta.scores import Outcome, Score, check_posterior, score, score_table, task_sets
 from varmeta.seeds import generator
@@ -138,7 +141,8 @@ def compare(
 
     A strategy that fails, whatever the reason, becomes a row that says so, and the others run. Its
     traceback is written to `failures/NAME.txt` in `folder`; called again with the same arguments,
-    the comparison fits those that failed from their last checkpoint, and the others not again.
+    the comparison fits those that failed from their last checkpoint, and the others not again:
+    their states, posteriors and scores are kept there, the latter two until nothing is left to do.
 
     Args:
         strategies: as a list, or by name.
@@ -150,6 +154,8 @@ def compare(
         draws: posterior draws per score.
         folder: write checkpoints, table, ArviZ files and pictures there; an interrupted comparison,
             or one with failures, called again with the same arguments goes on where it stopped.
+            Same are data, splits, model, prior, strategies, seed, draws and versions (see
+            `varmeta.fingerprint`).
         overwrite: replace a finished (or another) comparison in `folder`. The new one grows in its
             `replacement/`, and the old one is removed when a strategy of the new one has been
             scored and all is written; to go on with one that was interrupted, call again without
@@ -159,7 +165,8 @@ def compare(
     Raises:
         ValueError: no strategies, two of the same name, tasks without support rows, or something of
             another shape: what concerns every strategy is found before any of them is fitted.
-        FileExistsError: `folder` holds a finished run, or files that are not a run.
+        FileExistsError: `folder` holds a finished run, one of other arguments (the message says in
+            what they differ), or files that are not a run.
         BrokenFile: its `run.json` is damaged, or names files outside of it.
         FileInUse: another process is at work on it.
         NotWritten: nothing can be written there, which is found before any fit, or the disk is full
@@ -171,15 +178,9 @@ def compare(
     _check(density, train, new, prior, draws, seed)
     if folder is None:
         return _compared(named, density, train, new, prior, seed, draws, progress, None)
-    settings = {
-        "strategies": {name: repr(strategy) for name, strategy in named.items()},
-        "tasks": repr(train),
-        "new": repr(new),
-        "sites": density.site_table().astype(str).to_dict("list"),
-        "seed": seed,
-        "draws": draws,
-    }
-    with run_folder(Path(folder), settings, overwrite=overwrite) as run:
+    given = {"train": train, "new": new}
+    settings = fingerprint(named, density, given, prior, seed=seed, draws=draws)
+    with run_folder(Path(folder), settings, named, overwrite=overwrite) as run:
         return _compared(named, density, train, new, prior, seed, draws, progress, run)
 
 
@@ -201,11 +202,16 @@ def _compared(
     for name, strategy in named.items():
         state = run.state_file(name) if run else None
         with failed.catching(name) as attempt:
-            outcome = _learn(strategy, density, train, new, prior, seed, state, progress, attempt)
+            result = _learn(strategy, density, train, prior, seed, state, progress, attempt)
+            kept = Kept(run, name, result)
+            outcome = _adapted(result, new, kept, attempt)
             attempt.where = "scores"
-            scores[name] = {
-                which: score(outcome, which, tasks, draws, seed) for which, tasks in sets.items()
-            }
+            scores[name] = kept.once(
+                "scores",
+                lambda of=outcome: {  # type: ignore[misc]
+                    which: score(of, which, tasks, draws, seed) for which, tasks in sets.items()
+                },
+            )
             outcomes[name] = outcome
     reference = next((n for n, o in outcomes.items() if isinstance(o.fit.strategy, PyroNUTS)), None)
     table = score_table(named, sets, scores, outcomes, reference, failed.reasons)
@@ -221,14 +227,13 @@ def _learn(
     strategy: Strategy,
     density: Density,
     train: Tasks,
-    new: Tasks | None,
     prior: GaussianPrior,
     seed: int,
     checkpoint: Path | None,
     progress: bool | None,
     attempt: Attempt,
-) -> Outcome:
-    """Fit one strategy and adapt it, saying in `attempt` how far it has come."""
+) -> Fit:
+    """Fit one strategy, saying in `attempt` how far it has come."""
 
     def reached(step: int, _: object) -> None:
         attempt.where = f"step {step}"
@@ -236,7 +241,7 @@ def _learn(
     if checkpoint is not None and checkpoint.exists():
         reached(load(checkpoint, {"state": dict})["state"]["step"], None)
     try:
-        result = fit(
+        return fit(
             strategy,
             density,
             train.support,
@@ -251,18 +256,27 @@ def _learn(
         if not attempt.where and any(f.f_code is type(strategy).step.__code__ for f, _ in frames):
             reached(0, None)
         raise
-    start = time.perf_counter()
-    attempt.where = "posterior of the training tasks"
-    known = result.posterior()
-    check_posterior(known)
-    fresh = None
-    if new is not None:
-        attempt.where = "adapting to new tasks"
-        fresh = result.adapt(new.support)
-        check_posterior(fresh)
-    seconds = time.perf_counter() - start
-    attempt.where = "reachability gap"
-    gap = reachability_gap(result) if strategy.keeps_posteriors else None
+
+
+def _adapted(result: Fit, new: Tasks | None, kept: Kept, attempt: Attempt) -> Outcome:
+    """The posteriors of a fit, saying in `attempt` how far it has come."""
+
+    def posteriors() -> tuple[TaskPosterior, TaskPosterior | None, float]:
+        start = time.perf_counter()
+        attempt.where = "posterior of the training tasks"
+        known = result.posterior()
+        check_posterior(known)
+        fresh = None
+        if new is not None:
+            attempt.where = "adapting to new tasks"
+            fresh = result.adapt(new.support)
+            check_posterior(fresh)
+        return known, fresh, time.perf_counter() - start
+
+    known, fresh, seconds = kept.once("posteriors", posteriors)
+    attempt.where, gap = "reachability gap", None
+    if result.strategy.keeps_posteriors:
+        gap = kept.once("gap", lambda: reachability_gap(result))
     return Outcome(result, known, fresh, seconds, gap)
 
 
@@ -303,14 +317,12 @@ def _named(strategies: Sequence[Strategy] | Mapping[str, Strategy]) -> dict[str,
         named = dict(zip(names, strategies, strict=True))
     if not named:
         raise ValueError("strategies is empty; give at least one")
-    files: dict[str, str] = {}
-    for name in named:
-        other = files.setdefault(RunFolder.file_name(name).lower(), name)
-        if other != name:
-            raise ValueError(
-                f"strategies: the names {other!r} and {name!r} would give their files the same "
-                "name; let them differ in letters or digits"
-            )
+    unusable = [name for name in named if not isinstance(name, str) or not name.strip()]
+    if unusable:
+        raise ValueError(
+            f"strategies: a name must be a text that is not empty, got {unusable[0]!r}; the names "
+            "stand in tables and files"
+        )
     return named
 
 
@@ -340,6 +352,9 @@ def _write(comparison: Comparison, run: RunFolder, failed: Failures) -> None:
         run.finish()
     if comparison.outcomes:
         run.take_place()
+    for name in comparison.outcomes if not comparison.failures else ():
+        for part in PARTS:
+            run.remove(part_file(run, name, part))
     comparison.folder = run.folder
 
 

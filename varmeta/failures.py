@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,13 +14,9 @@ import torch
 
 from varmeta.files import NotWritten
 from varmeta.inference.base import NonFiniteLoss
+from varmeta.own_code import LIBRARIES, OURS
 from varmeta.runs import RunFolder
 
-_OURS = str(Path(__file__).parent)
-_LIBRARIES = tuple(
-    {sysconfig.get_path(kind) for kind in ("stdlib", "platstdlib", "purelib", "platlib")}
-    | {str(Path(torch.__file__).parent.parent)}  # where an environment's base has its packages
-)
 _MEMORY = re.compile("not enough memory|allocate memory|out of memory", re.IGNORECASE)
 _WANTED = re.compile(r"tried to allocate [\d.,]+ ?\w+", re.IGNORECASE)
 _LONGEST = 200  # characters of a phrase
@@ -78,17 +73,17 @@ class Failures:
             full = f"{self.tracebacks[name]}\n\n{full}"
         self.reasons[name], self.tracebacks[name] = reason, full
         if self.run is not None:
-            self.run.write(self._file(name), full)
+            self.run.write(self._file(self.run, name), full)
 
     def forget_earlier(self, names: Iterable[str]) -> None:
         """Remove what an earlier try wrote of those of `names` that did not fail in this one."""
         for name in names:
             if self.run is not None and name not in self.reasons:
-                self.run.remove(self._file(name))
+                self.run.remove(self._file(self.run, name))
 
     @staticmethod
-    def _file(name: str) -> str:
-        return f"failures/{RunFolder.file_name(name)}.txt"
+    def _file(run: RunFolder, name: str) -> str:
+        return f"failures/{run.file_name(name)}.txt"
 
 
 def _without_name(error: Exception) -> Exception:
@@ -146,7 +141,7 @@ def own_line(error: BaseException) -> str | None:
             return _place(one.filename, one.lineno, one.text)
         inside, found = one is not error, None  # a cause was caught by a library or by us
         for frame in traceback.extract_tb(one.__traceback__):
-            if frame.filename.startswith(_OURS):
+            if frame.filename.startswith(OURS):
                 inside = True
             elif inside and not _library(frame.filename):
                 found = frame
@@ -164,7 +159,7 @@ def _place(file: str, line: int | None, code: str | None) -> str:
 
 
 def _library(file: str) -> bool:
-    return file.startswith(("<", *_LIBRARIES))
+    return file.startswith(("<", *LIBRARIES))
 
 
 def _said_by_us(error: BaseException) -> bool:
@@ -173,7 +168,7 @@ def _said_by_us(error: BaseException) -> bool:
     while last is not None and last.tb_next is not None:
         last = last.tb_next
     meant = isinstance(error, (ValueError, FloatingPointError, OSError))
-    return meant and last is not None and last.tb_frame.f_code.co_filename.startswith(_OURS)
+    return meant and last is not None and last.tb_frame.f_code.co_filename.startswith(OURS)
 
 
 def _first_sentence(text: str) -> str:

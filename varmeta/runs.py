@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from varmeta.file_names import file_names
 from varmeta.files import (
     BrokenFile,
     lock_of,
@@ -20,6 +20,7 @@ from varmeta.files import (
     sync_folder,
     write,
 )
+from varmeta.fingerprint import differences, in_words
 
 _MANIFEST = "run.json"
 _ASIDE = "replacement"  # the folder within a run's in which the run that is to replace it grows
@@ -35,7 +36,9 @@ class RunFolder:
 
     Args:
         folder: it exists.
-        settings: what identifies the run (JSON values); a run resumes only under the same ones.
+        settings: what identifies the run, by topic (see `varmeta.fingerprint`); a run resumes only
+            under the same ones.
+        names: of the strategies, each of which has files of its own.
         overwrite: begin a new run that replaces the one that is there, finished or not. It grows in
             `replacement/` and takes the other's place when it is there (`take_place`); if it is
             interrupted, the same settings without `overwrite` go on with it. Files that no run
@@ -51,9 +54,15 @@ class RunFolder:
     """
 
     def __init__(
-        self, folder: Path, settings: Mapping[str, Any], *, overwrite: bool = False
+        self,
+        folder: Path,
+        settings: Mapping[str, Any],
+        names: Iterable[str] = (),
+        *,
+        overwrite: bool = False,
     ) -> None:
         self._home, aside = folder, folder / _ASIDE
+        self._stems = file_names(names)
         mine = json.loads(json.dumps(settings))
         if aside.is_symlink():
             raise BrokenFile(f"{aside} is a link; remove it, or give another folder")
@@ -76,9 +85,9 @@ class RunFolder:
             )
         elif there["settings"] != mine:
             raise FileExistsError(
-                f"folder {str(folder)!r} holds an unfinished run with other settings; repeat "
-                "them to resume it, give overwrite=True (--overwrite) to drop it, or another "
-                "folder"
+                f"folder {str(folder)!r} holds an unfinished run with other settings: "
+                f"{_other(there['settings'], settings)}; repeat them to resume it, give "
+                "overwrite=True (--overwrite) to drop it, or another folder"
             )
         else:
             self.folder, self._manifest = folder, there
@@ -94,10 +103,9 @@ class RunFolder:
         self._manifest = {"finished": False, "settings": settings, "files": []}
         self._save()
 
-    @staticmethod
-    def file_name(name: str) -> str:
-        """A strategy's name as the stem of a file name."""
-        return re.sub(r"[\W_]+", "_", name).strip("_") or "strategy"
+    def file_name(self, name: str) -> str:
+        """A strategy's name as the stem of a file name, which no other has."""
+        return self._stems[name]
 
     def state_file(self, name: str) -> Path:
         """Where the named strategy's checkpoint lies."""
@@ -143,9 +151,20 @@ class RunFolder:
         write(self.folder / _MANIFEST, json.dumps(self._manifest, indent=2))
 
 
+def _other(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """In what an unfinished run is another one."""
+    if any(isinstance(value, dict) for value in there.values()):
+        return "an earlier version of varmeta wrote it, without its data and model"
+    return f"it differs in {in_words(differences(there, here))}"
+
+
 @contextmanager
 def run_folder(
-    folder: Path, settings: Mapping[str, Any], *, overwrite: bool = False
+    folder: Path,
+    settings: Mapping[str, Any],
+    names: Iterable[str] = (),
+    *,
+    overwrite: bool = False,
 ) -> Iterator[RunFolder]:
     """A `RunFolder`, made if need be, that no other process can use within the block.
 
@@ -157,7 +176,7 @@ def run_folder(
     make_folder(folder, "folder")
     require_writable(folder / _MANIFEST, "folder")
     with locked(folder / _MANIFEST, f"folder {str(folder)!r}"):
-        yield RunFolder(folder, settings, overwrite=overwrite)
+        yield RunFolder(folder, settings, names, overwrite=overwrite)
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

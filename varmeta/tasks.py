@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from varmeta.digest import digests_of
 from varmeta.raw_data import check_pair, numeric, pad
 from varmeta.seeds import generator
 
@@ -369,6 +370,7 @@ class TaskSource:
         device: torch.device | str | None = None,
     ) -> None:
         self.draw = draw
+        self.digests = digests_of(draw)  # now, since it may change what it reads when it runs
         self.seed = seed
         self.device = device
 

@@ -24,6 +24,7 @@ from rich.progress import (
 from torch import Tensor
 
 from varmeta.files import BrokenFile, load, locked, not_usable, packed, require_writable, write
+from varmeta.fingerprint import Fingerprint, check_same, fingerprint
 from varmeta.inference.base import Batch, NonFiniteLoss, State, StepInfo, Strategy
 from varmeta.inference.diagnostics import (
     by_task,
@@ -66,6 +67,8 @@ class Fit:
             folds where the strategy cross-validates; with `batch_size` also whether it was visited.
         path: `[M]` each, how far the log scales had moved after each step, for `scales`.
         settled: the strategy with every choice made that it left open.
+        batch_size: tasks per step; None for all.
+        fingerprint: what identifies the run, taken at its start; None where nothing was kept.
     """
 
     strategy: Strategy
@@ -77,6 +80,8 @@ class Fit:
     stats: dict[str, Tensor] = field(default_factory=dict)
     path: list[Tensor] = field(default_factory=list)
     settled: Strategy | None = None
+    batch_size: int | None = None
+    fingerprint: Fingerprint | None = None
 
     @property
     def _ran(self) -> Strategy:
@@ -205,6 +210,7 @@ class Fit:
             NotWritten: a full disk, say; what the path held before is kept.
         """
         saved = {
+            "fingerprint": self.fingerprint or _identify(self),
             "state": self.state.state_dict(),
             "seed": self.seed,
             "strategy": repr(self.strategy),
@@ -246,13 +252,15 @@ def fit(
         seed: of everything random.
         checkpoint: a file, in a folder that exists, that is written about once a minute, at the
             end, and when Ctrl-C, SIGTERM or an error in `on_step` stops the run. If it exists the
-            run goes on from there.
+            run goes on from there, provided that it is of the same run: same data, split, order of
+            tasks, model, prior, strategy, batch size, seed and versions (see
+            `varmeta.fingerprint`). A finished one is read, and no step taken.
         progress: show a progress bar; None for "when the output is a terminal".
         on_step: called after each step.
 
     Raises:
         ValueError: a task without support rows, a batch size out of range, a checkpoint of another
-            strategy or seed.
+            run: the message says in what it differs.
         NotWritten: the checkpoint cannot be written; found before the first step, save for a disk
             that fills up.
         BrokenFile: the checkpoint is none, or damaged.
@@ -279,7 +287,10 @@ def fit(
     settled = strategy.settled(density, whole=whole)
     say_of_stream(tasks, prior)
     state = settled.init(density, prior, training, _noise(density, seed, _INIT))
-    run = _Run(strategy, settled, density, tasks, training, state, seed, batch_size)
+    size = None if whole else batch_size
+    run = _Run(strategy, settled, density, tasks, training, state, seed, size)
+    if path is not None:
+        run.fingerprint = _identify(run.result())
     with locked(path) if path is not None else nullcontext():
         result = _ran(run, path, progress, on_step)
     warn_of(strategy.name, run.stats_by_task())
@@ -349,6 +360,7 @@ class _Run:
         self.all: Batch | None = None  # of all tasks, when they come in one
         self.order: tuple[int, Tensor] | None = None  # an epoch, and its order of the tasks
         self.whole = True  # not within a step, which may have changed half of the state
+        self.fingerprint: Fingerprint | None = None
 
     def loop(
         self,
@@ -385,7 +397,17 @@ class _Run:
     def result(self) -> Fit:
         history, given = pd.DataFrame(self.rows), (self.strategy, self.density, self.tasks)
         stats = {name: value.detach() for name, value in self.stats.items()}
-        return Fit(*given, self.state, self.seed, history, stats, self.path, self.settled)
+        return Fit(
+            *given,
+            self.state,
+            self.seed,
+            history,
+            stats,
+            self.path,
+            self.settled,
+            self.batch_size,
+            self.fingerprint,
+        )
 
     def stats_by_task(self) -> dict[str, Tensor]:
         """The diagnostics of each task that was given, whatever the strategy made of it."""
@@ -395,12 +417,10 @@ class _Run:
 
     def load(self, path: Path) -> None:
         saved = load(path, _SAVED)
-        for name, mine in (("strategy", repr(self.strategy)), ("seed", self.seed)):
-            if saved[name] != mine:
-                raise ValueError(
-                    f"checkpoint {path} is of {name} {saved[name]}, wanted {mine}; remove the file "
-                    "or name another"
-                )
+        state = saved["state"]
+        done = bool(state.get("arrived")) or state.get("step", 0) >= self.strategy.num_steps
+        assert self.fingerprint is not None
+        check_same(saved.get("fingerprint"), self.fingerprint, path, done)
         try:
             self._restore(saved)
         except ValueError as error:
@@ -455,6 +475,18 @@ class _Run:
                 fill = float("nan") if value.is_floating_point() else 0
                 self.stats[name] = value.new_full((len(self.training),), fill)
             self.stats[name][batch.index] = value.detach()
+
+
+def _identify(run: Fit) -> Fingerprint:
+    """What the run is, as it stands at its start."""
+    return fingerprint(
+        {"": run.strategy},
+        run.density,
+        {"": run.tasks},
+        run.state.meta.origin,
+        batch_size=run.batch_size,
+        seed=run.seed,
+    )
 
 
 def _noise(density: Density, seed: int, *stream: int) -> torch.Generator:

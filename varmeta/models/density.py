@@ -13,6 +13,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from varmeta.digest import digests_of
 from varmeta.models.blame import is_unbatched
 from varmeta.models.capture import Captured
 from varmeta.models.check_model import check_model
@@ -74,6 +75,7 @@ class Density:
     ) -> None:
         if isinstance(shared, str):
             raise ValueError(f"shared must be a list of site names, got the string {shared!r}")
+        self.digests = digests_of(model)  # now, since it may change what it reads when it runs
         tasks = tasks.batch(0) if isinstance(tasks, TaskSource) else tasks
         first = tasks.select([0])
         x, y = first.inputs[0], first.targets[0]
