@@ -27,8 +27,8 @@ from varmeta.inference.newton import NewtonCG
 from varmeta.inference.nuts_kernel import Kernel
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
-from varmeta.models.sites import pyro_untouched, validation_off
 from varmeta.posterior import Draws, TaskPosterior
+from varmeta.process import pyro_untouched, validation_off
 from varmeta.seeds import global_rng
 from varmeta.tasks import Tasks, TaskSource
 
