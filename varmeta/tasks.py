@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from varmeta.pickling import require_picklable
 from varmeta.raw_data import check_pair, numeric, pad
 from varmeta.seeds import generator
 
@@ -371,6 +372,10 @@ class TaskSource:
         self.draw = draw
         self.seed = seed
         self.device = device
+
+    def __getstate__(self) -> dict[str, Any]:
+        require_picklable("the stream's draw", self.draw)
+        return vars(self)
 
     def batch(self, step: int) -> Tasks:
         """Batch number `step`."""

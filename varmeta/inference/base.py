@@ -16,6 +16,7 @@ from torch import Tensor
 from varmeta.checked import Checked
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
+from varmeta.pickling import require_picklable
 from varmeta.posterior import TaskPosterior
 from varmeta.tasks import Tasks, TaskSource
 
@@ -238,6 +239,11 @@ class Strategy(Checked, ABC):
     """
 
     keeps_posteriors: ClassVar[bool] = False  # of training tasks, learned along with the prior
+
+    def __getstate__(self) -> dict[str, Any]:
+        for name, value in vars(self).items():
+            require_picklable(f"{self.name}'s {name}", value)
+        return vars(self)
 
     @property
     def name(self) -> str:

@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from signal import SIGINT, default_int_handler, getsignal, signal
 from threading import current_thread, main_thread
+from typing import Any
 
 import pandas as pd
 import torch
@@ -73,6 +74,18 @@ class Fit:
     stats: dict[str, Tensor] = field(default_factory=dict)
     path: list[Tensor] = field(default_factory=list)
     settled: Strategy | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """With what the run has learned, as a checkpoint holds it, and without its caches."""
+        return vars(self) | {"state": (self.state.meta.origin, self.state.state_dict())}
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        origin, learned = saved["state"]
+        vars(self).update(saved)
+        training = self.strategy.prepare(self.tasks, self.seed)
+        noise = _noise(self.density, self.seed, _INIT)
+        self.state = self._ran.init(self.density, origin, training, noise)
+        self.state.load_state_dict(learned)
 
     @property
     def _ran(self) -> Strategy:

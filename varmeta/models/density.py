@@ -26,6 +26,7 @@ from varmeta.models.sites import (
     reason,
     run,
 )
+from varmeta.pickling import require_picklable
 from varmeta.process import ignoring, pyro_untouched, validation_off
 from varmeta.seeds import global_rng
 from varmeta.tasks import Tasks, TaskSource
@@ -133,6 +134,11 @@ class Density:
         The prior's location and scale are those on the unconstrained scale, averaged over the site.
         """
         return pd.DataFrame([site.description() for site in (*self.sites, *self.shared_sites)])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was recorded of it, which is made again where it is used."""
+        require_picklable("the density's model", self.model)
+        return {**vars(self), "_batched": {}, "_programs": {}}
 
     def __repr__(self) -> str:
         return (
@@ -287,8 +293,8 @@ class Density:
         gives another result, the derivative is run as it was written, with a warning; `execution`
         says which.
         """
-        other = copy.copy(self)
-        other._batched, other._programs, other._compiled = {}, {}, True
+        other = copy.copy(self)  # without recordings
+        other._compiled = True
         return other
 
     def execution(self) -> dict[str, str]:
