@@ -21,7 +21,13 @@ from varmeta.inference.at_ends import (
     ImplicitAtParticles,
     StationaryCovariance,
 )
-from varmeta.inference.base import NonFiniteLoss, NotConverged, Strategy, UndeterminedScale
+from varmeta.inference.base import (
+    NonFiniteLoss,
+    NonFinitePosterior,
+    NotConverged,
+    Strategy,
+    UndeterminedScale,
+)
 from varmeta.inference.basins import Basins, find_basins
 from varmeta.inference.check import GradientCheck, check_gradient
 from varmeta.inference.connectivity import ModePath, mode_path
@@ -103,6 +109,7 @@ __all__ = [
     "NewtonCG",
     "NoPooling",
     "NonFiniteLoss",
+    "NonFinitePosterior",
     "NotConverged",
     "Nystrom",
     "OneStep",

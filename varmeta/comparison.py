@@ -23,7 +23,7 @@ from varmeta.inference.reachability import reachability_gap
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.runs import RunFolder
-from varmeta.scores import Outcome, Score, check_posterior, score, score_table, task_sets
+from varmeta.scores import Outcome, Score, score, score_table, task_sets
 from varmeta.seeds import generator
 from varmeta.shrinkage import MOST_MODULES
 from varmeta.tables import WIDTH, notes, rich_table
@@ -229,12 +229,10 @@ def _learn(
     start = time.perf_counter()
     attempt.where = "posterior of the training tasks"
     known = result.posterior()
-    check_posterior(known)
     fresh = None
     if new is not None:
         attempt.where = "adapting to new tasks"
         fresh = result.adapt(new.support)
-        check_posterior(fresh)
     seconds = time.perf_counter() - start
     attempt.where = "reachability gap"
     gap = reachability_gap(result) if strategy.keeps_posteriors else None

@@ -25,6 +25,10 @@ class NonFiniteLoss(FloatingPointError):
     """A task's loss became NaN or infinite; nothing was updated in that step."""
 
 
+class NonFinitePosterior(FloatingPointError):
+    """A task's posterior is no number; it is not handed out."""
+
+
 class NotConverged(RuntimeWarning):
     """A run was ended by its limit of steps before it had arrived; its own test says so."""
 
@@ -239,6 +243,7 @@ class Strategy(Checked, ABC):
     """
 
     keeps_posteriors: ClassVar[bool] = False  # of training tasks, learned along with the prior
+    loss_falls: ClassVar[bool] = True  # while it learns; a sampler's potential need not
 
     def __getstate__(self) -> dict[str, Any]:
         for name, value in vars(self).items():

@@ -36,6 +36,12 @@ from varmeta.inference.diagnostics import (
     warn_of_skipped,
 )
 from varmeta.inference.quasi_newton import moving
+from varmeta.inference.soundness import (
+    check_learned,
+    check_posterior,
+    diverged,
+    warn_of_posterior,
+)
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import TaskPosterior
@@ -117,7 +123,12 @@ class Fit:
 
     @property
     def converged(self) -> bool | None:
-        """Whether the run ended because it had arrived; None for a strategy without such a test."""
+        """Whether the run ended because it had arrived; None for a strategy without such a test.
+
+        False for any strategy where its objective ended far above its start.
+        """
+        if diverged(self):
+            return False
         return bool(self.state.arrived) if self._ran.is_tested(self.state) else None
 
     @property
@@ -125,6 +136,8 @@ class Fit:
         """Why the run ended, in words; empty where the strategy has no test of it."""
         if self.converged is None:
             return ""
+        if apart := diverged(self):
+            return apart
         if self.converged:
             return f"{self.state.arrived} (step {self.state.step})"
         shortfall = self._ran.shortfall(self.state)
@@ -158,12 +171,15 @@ class Fit:
 
         Raises:
             ValueError: a task without rows.
+            NonFinitePosterior: naming the task.
         """
         tasks.require_rows("tasks")
         posterior = self._ran.adapt(
             self.density, self.state, tasks.unsplit, _noise(self.density, self.seed, _ADAPT)
         )
+        check_posterior(self.strategy.name, posterior)
         warn_of(self.strategy.name, posterior.stats)
+        warn_of_posterior(self.strategy.name, posterior, tasks.unsplit, self.state.meta)
         return posterior
 
     def posterior(self) -> TaskPosterior:
@@ -171,15 +187,17 @@ class Fit:
 
         Raises:
             ValueError: the run was on a stream, whose tasks are not kept.
+            NonFinitePosterior: naming the task.
         """
         if isinstance(self.tasks, TaskSource):
             raise ValueError("a stream's tasks are not kept; use fit.adapt(tasks) with your tasks")
-        return self._ran.posterior(
-            self.density,
-            self.state,
-            self.tasks.unsplit,
-            _noise(self.density, self.seed, _ADAPT),
+        tasks = self.tasks.unsplit
+        posterior = self._ran.posterior(
+            self.density, self.state, tasks, _noise(self.density, self.seed, _ADAPT)
         )
+        check_posterior(self.strategy.name, posterior)
+        warn_of_posterior(self.strategy.name, posterior, tasks, self.state.meta)
+        return posterior
 
     def shrinkage(
         self,
@@ -296,6 +314,7 @@ def fit(
             run.result().save(path)
         raise NonFiniteLoss(f"{strategy.name}: {error}") from error
     result = run.result()
+    check_learned(strategy.name, state.meta)
     if path is not None:
         result.save(path)
     warn_of(strategy.name, run.stats_by_task())
