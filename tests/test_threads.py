@@ -146,3 +146,13 @@ def test_own_draws_are_those_of_the_seed(name: str) -> None:
             found = DRAWS[name](), DRAWS[name]()
         assert torch.equal(torch.get_rng_state(), state)
     assert_same(found, wanted)
+
+
+def test_recordings_run_under_a_mode_of_the_users() -> None:
+    """`with torch.device(...)` is one; after 20 calls derivatives are replayed."""
+    density, prior = fresh(), vm.GaussianPrior.from_density(fresh())
+    with torch.device("cpu"):
+        under = vm.fit(vm.IMAML(steps=12), density, TRAIN, prior=prior, progress=False)
+    plain = vm.fit(vm.IMAML(steps=12), fresh(), TRAIN, prior=prior, progress=False)
+    assert "recorded" in density.execution().values()
+    assert_same(under.state.state_dict(), plain.state.state_dict())
