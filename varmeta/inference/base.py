@@ -243,6 +243,7 @@ class Strategy(Checked, ABC):
     """
 
     keeps_posteriors: ClassVar[bool] = False  # of training tasks, learned along with the prior
+    may_stay: ClassVar[bool] = False  # it learns how far a task moves, which may be nowhere
     loss_falls: ClassVar[bool] = True  # while it learns; a sampler's potential need not
 
     def __getstate__(self) -> dict[str, Any]:

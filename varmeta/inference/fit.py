@@ -179,7 +179,7 @@ class Fit:
         )
         check_posterior(self.strategy.name, posterior)
         warn_of(self.strategy.name, posterior.stats)
-        warn_of_posterior(self.strategy.name, posterior, tasks.unsplit, self.state.meta)
+        warn_of_posterior(self.strategy, posterior, tasks.unsplit, self.state.meta)
         return posterior
 
     def posterior(self) -> TaskPosterior:
@@ -196,7 +196,7 @@ class Fit:
             self.density, self.state, tasks, _noise(self.density, self.seed, _ADAPT)
         )
         check_posterior(self.strategy.name, posterior)
-        warn_of_posterior(self.strategy.name, posterior, tasks, self.state.meta)
+        warn_of_posterior(self.strategy, posterior, tasks, self.state.meta)
         return posterior
 
     def shrinkage(

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from varmeta.inference.base import Meta, NonFiniteLoss, NonFinitePosterior
+from varmeta.inference.base import Meta, NonFiniteLoss, NonFinitePosterior, Strategy
 from varmeta.models.density import Density
 from varmeta.posterior import Draws, TaskPosterior
 from varmeta.tasks import Tasks, TaskSource
@@ -56,7 +56,9 @@ def check_learned(name: str, meta: Meta) -> None:
             )
 
 
-def warn_of_posterior(name: str, posterior: TaskPosterior, tasks: Tasks, meta: Meta) -> None:
+def warn_of_posterior(
+    strategy: Strategy, posterior: TaskPosterior, tasks: Tasks, meta: Meta
+) -> None:
     """Warn of tasks that their posterior fits far worse than the start, or that it left untouched.
 
     Far: given its mean (the best of some draws), the rows are 100 nats each less likely than given
@@ -72,14 +74,14 @@ def warn_of_posterior(name: str, posterior: TaskPosterior, tasks: Tasks, meta: M
             "adapting has diverged: lower the learning rate or step size"
         )
     still = _untouched(density, posterior, tasks, meta)
-    if bool(still.any()):
+    if bool(still.any()) and not strategy.may_stay:
         said.append(
             f"the posterior of {_some(still, posterior.names)} is untouched: it stands at θ0, from "
             "which the rows pull it away. No step was taken for it: raise the steps or the step "
             "size, or check that the run has visited the task"
         )
     if said:
-        warnings.warn(f"{name}: {'; '.join(said)}", RuntimeWarning, stacklevel=3)
+        warnings.warn(f"{strategy.name}: {'; '.join(said)}", RuntimeWarning, stacklevel=3)
 
 
 def diverged(fit: Fit) -> str:
