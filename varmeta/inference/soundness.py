@@ -147,7 +147,9 @@ def _check_finite(posterior: TaskPosterior) -> None:
 
 def _last(history: pd.DataFrame) -> float:
     """The objective's median over the last tenth of the steps, nats per task."""
-    return float(history["loss"].iloc[-max(len(history) // 10, 1) :].median())
+    # NumPy's: that of pandas changes the filters of warnings, which threads share.
+    losses = history["loss"].to_numpy(dtype=np.float64)
+    return float(np.median(losses[-max(len(losses) // 10, 1) :]))
 
 
 def _worse_than_start(
