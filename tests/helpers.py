@@ -38,16 +38,25 @@ def tensor(values: Any) -> Tensor:
     return torch.tensor(np.array(values), dtype=FLOAT)
 
 
-def linear_model(dim: int, noise: float | None = None) -> Callable[..., Tensor]:
+@dataclass(frozen=True)
+class LinearModel:
     """y ~ N(xθ, noise²), θ one vector site; None makes the noise a shared latent."""
 
-    def model(x: Tensor, y: Tensor | None = None) -> Tensor:
-        theta = pyro.sample("theta", dist.Normal(torch.zeros(dim, dtype=x.dtype), 2.0).to_event(1))
-        sd = pyro.sample("noise", dist.LogNormal(0.0, 3.0)) if noise is None else noise
+    dim: int
+    noise: float | None = None
+
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        centre = torch.zeros(self.dim, dtype=x.dtype)
+        theta = pyro.sample("theta", dist.Normal(centre, 2.0).to_event(1))
+        law = dist.LogNormal(0.0, 3.0)
+        sd = pyro.sample("noise", law) if self.noise is None else self.noise
         with pyro.plate("rows", len(x)):
             return pyro.sample("y", dist.Normal(x @ theta, sd), obs=y)
 
-    return model
+
+def linear_model(dim: int, noise: float | None = None) -> Callable[..., Tensor]:
+    """`LinearModel`."""
+    return LinearModel(dim, noise)
 
 
 def tasks_of(problem: LinearGaussian) -> Tasks:

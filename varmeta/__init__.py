@@ -22,7 +22,13 @@ from varmeta.inference.at_ends import (
     ImplicitAtParticles,
     StationaryCovariance,
 )
-from varmeta.inference.base import NonFiniteLoss, NotConverged, Strategy, UndeterminedScale
+from varmeta.inference.base import (
+    NonFiniteLoss,
+    NonFinitePosterior,
+    NotConverged,
+    Strategy,
+    UndeterminedScale,
+)
 from varmeta.inference.basins import Basins, find_basins
 from varmeta.inference.check import GradientCheck, check_gradient
 from varmeta.inference.connectivity import ModePath, mode_path
@@ -107,6 +113,7 @@ __all__ = [
     "NewtonCG",
     "NoPooling",
     "NonFiniteLoss",
+    "NonFinitePosterior",
     "NotConverged",
     "NotWritten",
     "Nystrom",

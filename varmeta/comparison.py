@@ -26,7 +26,7 @@ from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import TaskPosterior
 from varmeta.runs import RunFolder, run_folder
-from varmeta.scores import Outcome, Score, check_posterior, score, score_table, task_sets
+from varmeta.scores import Outcome, Score, score, score_table, task_sets
 from varmeta.seeds import generator
 from varmeta.shrinkage import MOST_MODULES
 from varmeta.tables import WIDTH, notes, rich_table
@@ -265,12 +265,10 @@ def _adapted(result: Fit, new: Tasks | None, kept: Kept, attempt: Attempt) -> Ou
         start = time.perf_counter()
         attempt.where = "posterior of the training tasks"
         known = result.posterior()
-        check_posterior(known)
         fresh = None
         if new is not None:
             attempt.where = "adapting to new tasks"
             fresh = result.adapt(new.support)
-            check_posterior(fresh)
         return known, fresh, time.perf_counter() - start
 
     known, fresh, seconds = kept.once("posteriors", posteriors)

@@ -15,6 +15,7 @@ from varmeta.files import BrokenFile, why
 from varmeta.inference.diagnostics import by_task
 from varmeta.inference.fit import Fit
 from varmeta.inference.nuts import PyroNUTS
+from varmeta.inference.soundness import check_posterior
 from varmeta.models.density import Density
 from varmeta.posterior import Draws, Gaussian, TaskPosterior
 from varmeta.seeds import generator
@@ -93,6 +94,7 @@ def to_arviz(
     Raises:
         ValueError: a posterior of other tasks, no tasks for a fit on a stream, no draws, a site
             with the name of a dimension or of another variable.
+        NonFinitePosterior: naming the task.
     """
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
@@ -107,6 +109,7 @@ def to_arviz(
             f"posterior is of {_some(posterior.names)}, the tasks are {_some(rows.names)}; pass "
             "the posterior of these tasks, or leave it out"
         )
+    check_posterior(fit.strategy.name, posterior)
     trained = tasks is None or tasks is fit.tasks
     with torch.no_grad():
         groups = _groups(fit, rows, posterior, trained, draws, seed)

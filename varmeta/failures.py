@@ -13,7 +13,7 @@ from types import TracebackType
 import torch
 
 from varmeta.files import NotWritten
-from varmeta.inference.base import NonFiniteLoss
+from varmeta.inference.base import NonFiniteLoss, NonFinitePosterior
 from varmeta.own_code import LIBRARIES, OURS
 from varmeta.runs import RunFolder
 
@@ -89,7 +89,8 @@ class Failures:
 def _without_name(error: Exception) -> Exception:
     """What `fit` puts the strategy's name before, which its row has already."""
     cause = error.__cause__
-    named = isinstance(error, NonFiniteLoss) and isinstance(cause, NonFiniteLoss)
+    kinds = (NonFiniteLoss, NonFinitePosterior)
+    named = isinstance(error, kinds) and isinstance(cause, kinds)
     return cause if named and not str(error).startswith("step ") else error  # type: ignore[return-value]
 
 

@@ -64,15 +64,6 @@ def task_sets(train: Tasks, new: Tasks | None) -> dict[str, Tasks]:
     return {KNOWN: train} if new is None else {KNOWN: train, NEW: new}
 
 
-def check_posterior(posterior: TaskPosterior) -> None:
-    """Stop before a posterior that is not one is scored.
-
-    Raises:
-        FloatingPointError: with the name of the first task whose mean or sd is not finite.
-    """
-    _check_finite(torch.stack([posterior.mean, posterior.sd], 1), posterior.names, "the posterior")
-
-
 def score(outcome: Outcome, which: str, tasks: Tasks, draws: int, seed: int) -> Score:
     """Score one strategy's posterior of one set of tasks on the rows held out there.
 

@@ -4,13 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from varmeta.checked import Seed, check
+from varmeta.process import ALONE
 
 _AT_ONCE = 32
+# PyTorch's operations that draw, by name: those that take a generator, and those that do not.
+_TAKING = """
+    rand randn randint randperm normal normal_ uniform_ random_ bernoulli bernoulli_ binomial
+    poisson multinomial exponential_ geometric_ cauchy_ log_normal_ _standard_gamma
+    _sample_dirichlet
+"""
+_GLOBAL = """
+    rand_like randn_like randint_like dropout dropout_ dropout1d dropout2d dropout3d alpha_dropout
+    alpha_dropout_ feature_dropout feature_dropout_ feature_alpha_dropout feature_alpha_dropout_
+    native_dropout rrelu rrelu_ rrelu_with_noise rrelu_with_noise_ gumbel_softmax
+    fractional_max_pool2d fractional_max_pool2d_with_indices fractional_max_pool3d
+    fractional_max_pool3d_with_indices multi_head_attention_forward scaled_dot_product_attention
+    gru lstm rnn_relu rnn_tanh miopen_rnn pca_lowrank svd_lowrank
+"""
+TAKE_A_GENERATOR = frozenset(_TAKING.split())
+DRAW_FROM_GLOBAL_STATE = frozenset(_GLOBAL.split())
 
 
 def generator(seed: int, *stream: int, device: torch.device | str = "cpu") -> torch.Generator:
@@ -44,16 +64,60 @@ def _seeded(hashed: np.random.SeedSequence, device: torch.device | str) -> torch
     return torch.Generator(device=device).manual_seed(int(state) & (2**63 - 1))
 
 
-@contextmanager
-def global_rng(source: torch.Generator) -> Iterator[None]:
+def global_rng(source: torch.Generator) -> OwnDraws:
     """Run code that only knows PyTorch's global random state (Pyro's samplers) from `source`.
 
-    The global state is left as it was found.
+    The global state is left as it was found, and other threads' draws from it are theirs.
     """
-    seed = int(torch.randint(2**62, (), generator=source, device=source.device))
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed: also what was not forked
-        if devices:
-            torch.cuda.manual_seed_all(seed)
-        yield
+    return OwnDraws(int(torch.randint(2**62, (), generator=source, device=source.device)))
+
+
+class OwnDraws(TorchFunctionMode):
+    """Within it, on this thread alone, operations that draw take their numbers from one seed.
+
+    Those that can be given a generator are given one, and the global state is not touched. The few
+    that cannot (dropout, a recurrent layer's, what `torch.nn.init` does within) run with the global
+    state exchanged for that operation: a draw of another thread in these microseconds is disturbed.
+    """
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._seed = seed
+        self._own: dict[torch.device, torch.Generator] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if name in TAKE_A_GENERATOR and kwargs.get("generator") is None:
+            like = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+            device = kwargs.get("device") or (like.device if like is not None else None)
+            return func(*args, **kwargs | {"generator": self._generator(device)})
+        if name in DRAW_FROM_GLOBAL_STATE or getattr(func, "__module__", "") == "torch.nn.init":
+            with self._exchanged(), torch._C.DisableTorchFunction():
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _generator(self, device: torch.device | str | int | None) -> torch.Generator:
+        where = torch.get_default_device() if device is None else torch.device(device)
+        if where.index is None and where.type == "cuda":
+            where = torch.device("cuda", torch.cuda.current_device())
+        if where not in self._own:
+            self._own[where] = torch.Generator(device=where).manual_seed(self._seed)
+        return self._own[where]
+
+    @contextmanager
+    def _exchanged(self) -> Iterator[None]:
+        """The global states are this one's, then again what they were."""
+        pairs = [(torch.default_generator, self._generator("cpu"))]
+        if torch.cuda.is_initialized():
+            for index, there in enumerate(torch.cuda.default_generators):
+                pairs.append((there, self._generator(torch.device("cuda", index))))
+        with ALONE:
+            before = [there.get_state() for there, _ in pairs]
+            try:
+                for there, own in pairs:
+                    there.set_state(own.get_state())
+                yield
+            finally:
+                for (there, own), state in zip(pairs, before, strict=True):
+                    own.set_state(there.get_state())
+                    there.set_state(state)

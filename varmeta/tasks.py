@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from varmeta.digest import digests_of
+from varmeta.pickling import require_picklable
 from varmeta.raw_data import check_pair, numeric, pad
 from varmeta.seeds import generator
 
@@ -373,6 +374,10 @@ class TaskSource:
         self.digests = digests_of(draw)  # now, since it may change what it reads when it runs
         self.seed = seed
         self.device = device
+
+    def __getstate__(self) -> dict[str, Any]:
+        require_picklable("the stream's draw", self.draw)
+        return vars(self)
 
     def batch(self, step: int) -> Tasks:
         """Batch number `step`."""

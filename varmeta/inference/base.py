@@ -16,12 +16,17 @@ from torch import Tensor
 from varmeta.checked import Checked
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
+from varmeta.pickling import require_picklable
 from varmeta.posterior import TaskPosterior
 from varmeta.tasks import Tasks, TaskSource
 
 
 class NonFiniteLoss(FloatingPointError):
     """A task's loss became NaN or infinite; nothing was updated in that step."""
+
+
+class NonFinitePosterior(FloatingPointError):
+    """A task's posterior is no number; it is not handed out."""
 
 
 class NotConverged(RuntimeWarning):
@@ -238,6 +243,13 @@ class Strategy(Checked, ABC):
     """
 
     keeps_posteriors: ClassVar[bool] = False  # of training tasks, learned along with the prior
+    may_stay: ClassVar[bool] = False  # it learns how far a task moves, which may be nowhere
+    loss_falls: ClassVar[bool] = True  # while it learns; a sampler's potential need not
+
+    def __getstate__(self) -> dict[str, Any]:
+        for name, value in vars(self).items():
+            require_picklable(f"{self.name}'s {name}", value)
+        return vars(self)
 
     @property
     def name(self) -> str:

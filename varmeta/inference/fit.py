@@ -37,6 +37,12 @@ from varmeta.inference.diagnostics import (
     warn_of_skipped,
 )
 from varmeta.inference.quasi_newton import moving
+from varmeta.inference.soundness import (
+    check_learned,
+    check_posterior,
+    diverged,
+    warn_of_posterior,
+)
 from varmeta.inference.stopping import Terminated, whole_steps
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
@@ -83,6 +89,18 @@ class Fit:
     batch_size: int | None = None
     fingerprint: Fingerprint | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """With what the run has learned, as a checkpoint holds it, and without its caches."""
+        return vars(self) | {"state": (self.state.meta.origin, self.state.state_dict())}
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        origin, learned = saved["state"]
+        vars(self).update(saved)
+        training = self.strategy.prepare(self.tasks, self.seed)
+        noise = _noise(self.density, self.seed, _INIT)
+        self.state = self._ran.init(self.density, origin, training, noise)
+        self.state.load_state_dict(learned)
+
     @property
     def _ran(self) -> Strategy:
         return self.settled or self.strategy
@@ -113,7 +131,12 @@ class Fit:
 
     @property
     def converged(self) -> bool | None:
-        """Whether the run ended because it had arrived; None for a strategy without such a test."""
+        """Whether the run ended because it had arrived; None for a strategy without such a test.
+
+        False for any strategy where its objective ended far above its start.
+        """
+        if diverged(self):
+            return False
         return bool(self.state.arrived) if self._ran.is_tested(self.state) else None
 
     @property
@@ -121,6 +144,8 @@ class Fit:
         """Why the run ended, in words; empty where the strategy has no test of it."""
         if self.converged is None:
             return ""
+        if apart := diverged(self):
+            return apart
         if self.converged:
             return f"{self.state.arrived} (step {self.state.step})"
         shortfall = self._ran.shortfall(self.state)
@@ -154,12 +179,15 @@ class Fit:
 
         Raises:
             ValueError: a task without rows.
+            NonFinitePosterior: naming the task.
         """
         tasks.require_rows("tasks")
         posterior = self._ran.adapt(
             self.density, self.state, tasks.unsplit, _noise(self.density, self.seed, _ADAPT)
         )
+        check_posterior(self.strategy.name, posterior)
         warn_of(self.strategy.name, posterior.stats)
+        warn_of_posterior(self.strategy, posterior, tasks.unsplit, self.state.meta)
         return posterior
 
     def posterior(self) -> TaskPosterior:
@@ -167,15 +195,17 @@ class Fit:
 
         Raises:
             ValueError: the run was on a stream, whose tasks are not kept.
+            NonFinitePosterior: naming the task.
         """
         if isinstance(self.tasks, TaskSource):
             raise ValueError("a stream's tasks are not kept; use fit.adapt(tasks) with your tasks")
-        return self._ran.posterior(
-            self.density,
-            self.state,
-            self.tasks.unsplit,
-            _noise(self.density, self.seed, _ADAPT),
+        tasks = self.tasks.unsplit
+        posterior = self._ran.posterior(
+            self.density, self.state, tasks, _noise(self.density, self.seed, _ADAPT)
         )
+        check_posterior(self.strategy.name, posterior)
+        warn_of_posterior(self.strategy, posterior, tasks, self.state.meta)
+        return posterior
 
     def shrinkage(
         self,
@@ -332,6 +362,7 @@ def _ran(
             error.add_note(said)
         raise
     result = run.result()
+    check_learned(run.strategy.name, run.state.meta)
     if path is not None:
         result.save(path)
     return result

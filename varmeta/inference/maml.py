@@ -17,6 +17,7 @@ sites: `Density(model, tasks, shared=[...])` names the others, which are then le
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -148,6 +149,8 @@ class MetaSGD(MAML):
     They start at the minimiser's and are learned as logarithms: positive, where the paper lets them
     change sign.
     """
+
+    may_stay: ClassVar[bool] = True
 
     def init(
         self,

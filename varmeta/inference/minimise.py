@@ -263,7 +263,13 @@ class FirstOrder(Checked, ABC):
                 theta, *rest = segment(begin, theta, *memory)
             else:
                 theta, *rest = checkpoint(
-                    segment, begin, theta, *memory, use_reentrant=False, early_stop=False
+                    segment,
+                    begin,
+                    theta,
+                    *memory,
+                    use_reentrant=False,
+                    early_stop=False,
+                    preserve_rng_state=False,  # a step draws nothing
                 )
             memory = tuple(rest)
             if done:

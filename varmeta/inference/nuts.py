@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pyro import poutine
@@ -27,8 +27,8 @@ from varmeta.inference.newton import NewtonCG
 from varmeta.inference.nuts_kernel import Kernel
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
-from varmeta.models.sites import pyro_untouched, validation_off
 from varmeta.posterior import Draws, TaskPosterior
+from varmeta.process import pyro_untouched, validation_off
 from varmeta.seeds import global_rng
 from varmeta.tasks import Tasks, TaskSource
 
@@ -55,6 +55,8 @@ class PyroNUTS(Strategy):
             of the Gaussian with that mean and covariance.
         proposals: per hyperparameter draw and new task.
     """
+
+    loss_falls: ClassVar[bool] = False
 
     draws: Count = 300
     warmup: Annotated[int, Within(0)] = 100

@@ -10,7 +10,6 @@ the scales and φ are points and only the θ_i have a guide: Σ_i KL[q_i ‖ N(�
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
@@ -45,8 +44,9 @@ from varmeta.inference.svi_model import global_sites, model_in_units
 from varmeta.models.blame import is_own
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
-from varmeta.models.sites import pyro_untouched, reason, validation_off
+from varmeta.models.sites import reason
 from varmeta.posterior import Draws, TaskPosterior
+from varmeta.process import ignoring, pyro_untouched, validation_off
 from varmeta.seeds import global_rng
 from varmeta.tasks import Tasks, TaskSource
 
@@ -234,7 +234,7 @@ class PyroSVI(Strategy):
         )
         start = InitMessenger(init_to_feasible)(model)  # 0, whatever the guide's own idea of it
         store = vars(ParamStoreDict())
-        with _pyro(store, generator):
+        with _pyro(store), global_rng(generator):
             points = self.point_globals and not fixed
             part = self.guide(poutine.block(start, hide=names) if points else start)
             if not callable(part):
@@ -297,9 +297,15 @@ class PyroSVI(Strategy):
         )
         leaves = _guide(state)
         noise = generator.get_state()
-        with _pyro(store, generator), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Encountered NaN")  # said below, with the task's name
-            loss = elbo.differentiable_loss(model, guide) / len(tasks)
+        draws = global_rng(generator)
+
+        def drawn() -> Any:  # only a guide draws; noticing what a model does takes time
+            with draws:
+                return guide()
+
+        # NaN is said below, with the task's name.
+        with _pyro(store), ignoring("Encountered NaN"):
+            loss = elbo.differentiable_loss(model, drawn) / len(tasks)
             if bool(loss.isfinite()):
                 grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         if not bool(loss.isfinite()):
@@ -326,7 +332,7 @@ class PyroSVI(Strategy):
         raw, names = state.meta.raw, global_sites(state.meta)
         draws = count if state.cache["at_once"] else 1
         theta, flat = [], []
-        with _pyro(store, generator), torch.no_grad():
+        with _pyro(store), global_rng(generator), torch.no_grad():
             for _ in range(count // draws):
                 drawn = poutine.trace(_particles(guide, draws)).get_trace()
                 again: Guide = poutine.replay(_particles(model, draws), drawn)
@@ -351,9 +357,9 @@ def _guide(state: State) -> list[Tensor]:
 
 
 @contextmanager
-def _pyro(store: dict[str, Any], generator: torch.Generator) -> Iterator[None]:
-    """Run Pyro code with this parameter store, checks off and the generator's noise."""
-    with pyro_untouched(), validation_off(), global_rng(generator):
+def _pyro(store: dict[str, Any]) -> Iterator[None]:
+    """Run Pyro code with this parameter store and checks off."""
+    with pyro_untouched(), validation_off():
         vars(pyro.get_param_store()).update(store)
         yield
 

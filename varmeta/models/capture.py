@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from varmeta.models.blame import is_own
 from varmeta.models.simplify import accumulate, simplify, turn_products
+from varmeta.process import ALONE, ignoring
 from varmeta.seeds import generator
 
 Program = Callable[..., Any]
@@ -43,15 +43,23 @@ class Captured:
         key = tuple((t.shape, t.dtype, t.device) for t in tensors)
         program = self._programs.get(key)
         if program is None:
-            program = self.function
-            self._calls[key] = self._calls.pop(key, 0) + 1
-            if len(self._calls) > KEPT_SHAPES:
-                oldest, _ = self._calls.popitem(last=False)
-                self._programs.pop(oldest, None)
-            if self._calls[key] >= CALLS_BEFORE_CAPTURE:
-                self._programs[key] = program = self._capture(tensors)
+            with ALONE:
+                program = self._seen(key, tensors)
         out: Tensor = program(*tensors)
         return out
+
+    def _seen(self, key: Any, tensors: Sequence[Tensor]) -> Program:
+        """Count the call; the function, or its recording once it was called often enough."""
+        if key in self._programs:  # another thread has just put it there
+            return self._programs[key]
+        self._calls[key] = self._calls.pop(key, 0) + 1
+        if len(self._calls) > KEPT_SHAPES:
+            oldest, _ = self._calls.popitem(last=False)
+            self._programs.pop(oldest, None)
+        if self._calls[key] < CALLS_BEFORE_CAPTURE:
+            return self.function
+        self._programs[key] = program = self._capture(tensors)
+        return program
 
     def _capture(self, tensors: Sequence[Tensor]) -> Program:
         recorded = record(self.function, tensors)
@@ -116,7 +124,12 @@ def record(function: Program, tensors: Sequence[Tensor]) -> Program | None:
         agree(program, function, plain, exact=True)
     except Unrecordable:
         return None
-    return program
+
+    def replay(*given: Tensor) -> Any:
+        with torch._C.DisableTorchFunction():  # nothing of interest to a mode, which costs time
+            return program(*given)
+
+    return replay
 
 
 def trace(
@@ -134,8 +147,7 @@ def trace(
     try:
         # In the same memory, two arguments would be taken for one here, and for ever.
         tensors = [_apart(t) for t in tensors]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with ignoring():  # alone: a tracer patches classes and counts modes for all threads
             # A bare function of any arguments: a wrapped method's signature counts `self` too.
             program: torch.fx.GraphModule = make_fx(lambda *given: function(*given))(*tensors)
     except Exception as error:  # an operation that cannot be recorded fails in many ways

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -24,12 +23,12 @@ from varmeta.models.programs import Product, Programs
 from varmeta.models.sites import (
     Answer,
     Model,
-    pyro_untouched,
     read_sites,
     reason,
     run,
-    validation_off,
 )
+from varmeta.pickling import require_picklable
+from varmeta.process import ignoring, pyro_untouched, validation_off
 from varmeta.seeds import global_rng
 from varmeta.tasks import Tasks, TaskSource
 
@@ -138,6 +137,11 @@ class Density:
         """
         return pd.DataFrame([site.description() for site in (*self.sites, *self.shared_sites)])
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was recorded of it, which is made again where it is used."""
+        require_picklable("the density's model", self.model)
+        return {**vars(self), "_batched": {}, "_programs": {}}
+
     def __repr__(self) -> str:
         return (
             f"Density({self.dim} adapted, {self.shared_dim} shared)\n"
@@ -164,7 +168,7 @@ class Density:
         self._check_shapes(theta, tasks, shared)
         key = (theta.dim() - 2, shared.dim() > 1)
         if key not in self._batched:
-            self._batched[key] = Captured(_nested_vmap(self._pointwise, *key))
+            self._batched.setdefault(key, Captured(_nested_vmap(self._pointwise, *key)))
         # What was recorded views its arguments as they lay in memory then.
         data = tasks.inputs, tasks.targets
         out = self._batched[key](theta.contiguous(), shared.contiguous(), *data)
@@ -222,9 +226,9 @@ class Density:
         shared = self.shared_init if shared is None else shared
         self._check_shapes(theta, tasks, shared)
         call = _nested_vmap(self._simulate, theta.dim() - 2, shared.dim() > 1, random=True)
-        with torch.no_grad(), global_rng(generator), warnings.catch_warnings():
-            # vmap's remarks on some distributions (binomial, gamma)
-            warnings.filterwarnings("ignore", "(An output with one|There is a performance drop)")
+        # vmap's remarks on some distributions (binomial, gamma)
+        remarks = ignoring("(An output with one|There is a performance drop)")
+        with torch.no_grad(), global_rng(generator), remarks:
             try:
                 return dict(call(theta, shared, tasks.inputs))
             except RuntimeError as error:
@@ -276,7 +280,8 @@ class Density:
     ) -> Programs:
         """The derivatives of an energy built on this density, recorded once for all its users."""
         if name not in self._programs:
-            self._programs[name] = Programs(energy(self), name, gauss_newton(self), self._compiled)
+            made = Programs(energy(self), name, gauss_newton(self), self._compiled)
+            self._programs.setdefault(name, made)  # another thread may have been first
         return self._programs[name]
 
     def compiled(self) -> Density:
@@ -290,8 +295,8 @@ class Density:
         gives another result, the derivative is run as it was written, with a warning; `execution`
         says which.
         """
-        other = copy.copy(self)
-        other._batched, other._programs, other._compiled = {}, {}, True
+        other = copy.copy(self)  # without recordings
+        other._compiled = True
         return other
 
     def execution(self) -> dict[str, str]:
@@ -352,10 +357,10 @@ class Density:
         inside = {s.parameter: params[s.name] for s in self.shared_sites if s.parameter}
         # block: when Pyro itself runs the hierarchy, its handlers must not see this task's sites.
         with (
+            pyro_untouched(),  # first: the others change what threads share
+            validation_off(),
             poutine.block(),
             Answer(params),
-            pyro_untouched(),
-            validation_off(),
             BatchedOperations(self._compiled),
         ):
             model = poutine.trace(poutine.condition(run, data=values))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pyro
 import pyro.distributions as dist
@@ -39,16 +40,25 @@ def network(
         >>> Density(model, tasks).dim
         25
     """
+    return _Network(module, likelihood, prior_scale, observed)
 
-    def model(x: Tensor, y: Tensor | None = None) -> Tensor:
+
+@dataclass(frozen=True, eq=False)
+class _Network:
+    """A model that, unlike a function within a function, can be pickled."""
+
+    module: nn.Module
+    likelihood: Callable[[Tensor], dist.TorchDistribution]
+    prior_scale: float
+    observed: str
+
+    def __call__(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         weights = {
             name: pyro.sample(
-                name, dist.Normal(value.detach().to(x), prior_scale).to_event(value.dim())
+                name, dist.Normal(value.detach().to(x), self.prior_scale).to_event(value.dim())
             )
-            for name, value in module.named_parameters()
+            for name, value in self.module.named_parameters()
         }
-        out = torch.func.functional_call(module, weights, (x,))
+        out = torch.func.functional_call(self.module, weights, (x,))
         with pyro.plate("rows", len(x)):
-            return pyro.sample(observed, likelihood(out), obs=y)
-
-    return model
+            return pyro.sample(self.observed, self.likelihood(out), obs=y)

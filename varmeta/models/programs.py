@@ -47,6 +47,7 @@ from varmeta.models.derivatives import (
     value_and_gradient,
 )
 from varmeta.models.simplify import direct, free_layout, split_linear, turn_products
+from varmeta.process import ALONE
 
 Product = Callable[[Tensor], Tensor]
 Step = Callable[..., Sequence[Tensor]]
@@ -234,6 +235,10 @@ class Programs:
 
     def _lookup(self, key: Any, record: Callable[[], Any]) -> Any:
         """The program kept for these shapes; recorded when they have come often enough."""
+        with ALONE:
+            return self._seen(key, record)
+
+    def _seen(self, key: Any, record: Callable[[], Any]) -> Any:
         if key in self._kept:
             self._calls.move_to_end(key)
             return self._kept[key]
@@ -314,8 +319,9 @@ class Programs:
             curve = self.gauss_newton(leaf, *parameters) if gauss_newton else None  # type: ignore[misc]
 
         def product(v: Tensor) -> Tensor:
-            if key in self._calls:
-                self._calls[key] += 1
+            with ALONE:
+                if key in self._calls:
+                    self._calls[key] += 1
             return second(grad, leaf, v) if curve is None else curve(v)
 
         return Linearised(value.detach(), grad.detach(), product)

@@ -6,6 +6,7 @@ constants computed anew. Each costs a dispatch, which for a small model is as mu
 
 from __future__ import annotations
 
+import builtins
 import re
 from collections.abc import Callable, Sequence
 from types import FunctionType
@@ -59,7 +60,9 @@ def direct(program: GraphModule) -> Callable[..., Any]:
 
     source = re.sub(r"torch\.ops\.aten\.(\w+)\.(\w+)", named, code.src)
     exec(compile(source, "<varmeta program>", "exec"), space | operations, space)
-    forward = FunctionType(space["forward"].__code__, space | operations)
+    # PyTorch looks for the built-in names where a mode of the user's is on, `torch.device` say.
+    names = space | operations | {"__builtins__": builtins}
+    forward = FunctionType(space["forward"].__code__, names)
     return lambda *tensors: forward(program, *tensors)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -30,23 +31,33 @@ def sinusoids(
     Returns:
         A function of a `torch.Generator`, for `TaskSource`; inputs `[T, N, 1]`, targets `[T, N]`.
     """
+    return _Sinusoids(num_tasks, support, query, noise, dtype)
 
-    def draw(generator: torch.Generator) -> Tasks:
-        rows = support + query
-        unit = torch.rand(num_tasks, 2 + rows, generator=generator, dtype=dtype)
+
+@dataclass(frozen=True)
+class _Sinusoids:
+    """A draw that, unlike a function within a function, can be pickled."""
+
+    num_tasks: int
+    support: int
+    query: int
+    noise: float
+    dtype: torch.dtype
+
+    def __call__(self, generator: torch.Generator) -> Tasks:
+        count, rows = self.num_tasks, self.support + self.query
+        unit = torch.rand(count, 2 + rows, generator=generator, dtype=self.dtype)
         amplitude, phase = 0.1 + 4.9 * unit[:, :1], math.pi * unit[:, 1:2]
         x = 10 * unit[:, 2:] - 5
         y = amplitude * torch.sin(x - phase)
-        if noise:
-            y = y + noise * torch.randn(y.shape, generator=generator, dtype=dtype)
-        is_query = (torch.arange(rows) >= support).expand(num_tasks, rows)
+        if self.noise:
+            y = y + self.noise * torch.randn(y.shape, generator=generator, dtype=self.dtype)
+        is_query = (torch.arange(rows) >= self.support).expand(count, rows)
         return Tasks(
             inputs=x[..., None],
             targets=y,
-            mask=torch.ones(num_tasks, rows, dtype=torch.bool),
+            mask=torch.ones(count, rows, dtype=torch.bool),
             is_query=is_query,
-            names=tuple(str(i) for i in range(num_tasks)),
+            names=tuple(str(i) for i in range(count)),
             task_name="sinusoid",
         )
-
-    return draw

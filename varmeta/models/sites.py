@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.params.param_store import ParamStoreDict
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import _DIM_ALLOCATOR
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
 from varmeta.models.laws import law_in
 from varmeta.models.moments import unconstrained_moments, unconstrained_range
+from varmeta.process import ignoring, pyro_untouched
 from varmeta.seeds import generator, global_rng
 
 Model = Callable[..., Any]
@@ -86,43 +83,13 @@ class Site:
         }
 
 
-@contextmanager
-def pyro_untouched() -> Iterator[None]:
-    """Run Pyro code with an empty parameter store and as if in no plate; then all is as it was.
-
-    (The store's own `scope` cuts the links that an SVI around it needs. A plate's dimension is
-    taken for all code that runs within it, however its sites are blocked.)
-    """
-    store, plates = vars(pyro.get_param_store()), vars(_DIM_ALLOCATOR)
-    kept, dims = store.copy(), plates.copy()
-    store.update(vars(ParamStoreDict()))
-    plates.update(vars(type(_DIM_ALLOCATOR)()))
-    try:
-        yield
-    finally:
-        store.update(kept)
-        plates.update(dims)
-
-
-@contextmanager
-def validation_off() -> Iterator[None]:
-    """Pyro's and PyTorch's checks off (they cannot run inside `vmap`), then as they were."""
-    torch_flag = torch.distributions.Distribution._validate_args
-    try:
-        with pyro.validation_enabled(False):
-            yield
-    finally:
-        torch.distributions.Distribution.set_default_validate_args(torch_flag)
-
-
 def run(model: Model, x: Tensor, y: Tensor | None, inside: dict[str, Tensor] | None = None) -> Any:
     """The model on one task, with the tensors `inside` in place of a module's own parameters."""
     if not isinstance(model, torch.nn.Module):
         return model(x, y)
     # Pyro would thaw the parameters that need no gradient, and warns of them.
     frozen = {n: p.detach() for n, p in model.named_parameters() if not p.requires_grad}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".* was not registered in the param store")
+    with ignoring(".* was not registered in the param store"):
         return torch.func.functional_call(model, frozen | (inside or {}), (x, y))
 
 

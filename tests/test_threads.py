@@ -1,0 +1,158 @@
+"""Fits in several threads of one process: each as if alone, and nothing else notices."""
+
+from __future__ import annotations
+
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier, Event, Thread
+
+import pytest
+import torch
+from helpers import assert_same, case_of, linear_model
+from linear_gaussian import LinearGaussian
+from test_global_state import snapshot
+
+import varmeta as vm
+from varmeta.inference import nuts
+from varmeta.seeds import DRAW_FROM_GLOBAL_STATE, TAKE_A_GENERATOR, generator, global_rng
+
+CASE = case_of(LinearGaussian.random(3, num_tasks=4, dim=2), shared_noise=True)
+TRAIN = CASE.tasks.support
+TOGETHER: dict[str, vm.Strategy] = {
+    "imaml": vm.IMAML(steps=3),
+    "svi": vm.PyroSVI(steps=4, adapt_steps=2, draws=8),
+    "nuts": vm.PyroNUTS(draws=3, warmup=2, chains=1, proposals=50),
+    "joint": vm.JointVariational(q="diagonal", steps=25, adapt_steps=4),  # long enough to record
+    "stochastic": vm.Stochastic(vm.Langevin(run_length=3), steps=2, draws=8),
+    "svi point": vm.PyroSVI(point_globals=True, steps=4, adapt_steps=2, draws=8),
+}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nuts, "_QUICK_STEPS", 10)
+
+
+def everything(name: str, density: vm.Density, before=lambda: None) -> dict[str, object]:
+    """A fit, a task adapted to, and its predictions: all that comes out of them."""
+    before()
+    result = vm.fit(TOGETHER[name], density, TRAIN, progress=False)
+    posterior = result.adapt(CASE.tasks.query)
+    return {
+        "state": result.state.state_dict(),
+        "losses": result.history["loss"].tolist(),
+        "mean": posterior.mean,
+        "sd": posterior.sd,
+        "drawn": posterior.predict(TRAIN, 5, generator(0)),
+    }
+
+
+def fresh() -> vm.Density:
+    tasks = CASE.tasks
+    return vm.Density(linear_model(2), tasks, shared=["noise"])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_fits_in_threads_are_those_alone() -> None:
+    """All at once, half of them on one density; one more thread draws numbers meanwhile."""
+    alone = {name: everything(name, fresh()) for name in TOGETHER}
+    one, start = fresh(), Barrier(len(TOGETHER))
+    torch.manual_seed(3)
+    wanted = [torch.randn(3) for _ in range(2000)]
+    torch.manual_seed(3)
+    before, filters = snapshot(), list(warnings.filters)
+    drawn: list[torch.Tensor] = []
+    done = Event()
+
+    def draw() -> None:
+        while not done.is_set() and len(drawn) < len(wanted):
+            drawn.append(torch.randn(3))
+            done.wait(1e-3)
+
+    other = Thread(target=draw)
+    other.start()
+    with ThreadPoolExecutor(len(TOGETHER)) as pool:
+        running = [
+            pool.submit(everything, name, one if number % 2 else fresh(), start.wait)
+            for number, name in enumerate(TOGETHER)
+        ]
+        found = {name: run.result() for name, run in zip(TOGETHER, running, strict=True)}
+    done.set()
+    other.join()
+    for name in TOGETHER:
+        assert_same(found[name], alone[name])
+    assert len(drawn) > 20
+    assert_same(drawn, wanted[: len(drawn)])
+    torch.manual_seed(3)
+    assert snapshot() == before and list(warnings.filters) == filters
+
+
+def test_the_lock_is_free_after_an_error() -> None:
+    """Another thread may run a model after one has failed."""
+
+    def failing(x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        raise KeyError("oh")
+
+    with pytest.raises(ValueError, match="model failed"):
+        vm.Density(failing, TRAIN)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(fresh).result(timeout=20)
+
+
+def test_every_operation_that_draws_is_known() -> None:
+    """All of PyTorch's that are tagged as drawing, by the names that Python calls them."""
+    known, found = TAKE_A_GENERATOR | DRAW_FROM_GLOBAL_STATE, set()
+    spaces = (torch, torch.Tensor, torch.nn.functional)
+    for schema in torch._C._jit_get_all_schemas():
+        name = schema.name.removeprefix("aten::")
+        called = any(callable(getattr(space, name, None)) for space in spaces)
+        if called and schema.name.startswith("aten::"):
+            op = getattr(getattr(torch.ops.aten, name), schema.overload_name or "default", None)
+            if op is not None and torch.Tag.nondeterministic_seeded in op.tags:
+                found.add(name)
+    assert len(found) > 25
+    internal = {n for n in found if n.startswith("_") and n not in TAKE_A_GENERATOR}
+    assert found - internal <= known, found - internal - known
+
+
+DRAWS = {
+    "rand": lambda: torch.rand(4),
+    "positional sizes": lambda: torch.randn(2, 3, dtype=torch.float64),
+    "normal": lambda: torch.normal(torch.zeros(3), torch.ones(3)),
+    "in place": lambda: torch.empty(3).exponential_(),
+    "gamma": lambda: torch.distributions.Gamma(torch.ones(3), 2.0).rsample(),
+    "dirichlet": lambda: torch.distributions.Dirichlet(torch.ones(3)).rsample(),
+    "categorical": lambda: torch.distributions.Categorical(torch.ones(3)).sample((5,)),
+    "batched": lambda: torch.vmap(lambda x: torch.randn(2) + x, randomness="different")(
+        torch.zeros(3)
+    ),
+    "like": lambda: torch.randn_like(torch.ones(3)),
+    "dropout": lambda: torch.nn.functional.dropout(torch.ones(9)),
+    "init": lambda: torch.nn.Linear(3, 2).weight.detach(),
+    "two kinds": lambda: torch.cat([torch.rand(2), torch.rand_like(torch.ones(2)), torch.rand(2)]),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_own_draws_are_those_of_the_seed(name: str) -> None:
+    """As from PyTorch's global state with that seed, which itself stays where it is."""
+    source = generator(7)
+    seed = int(torch.randint(2**62, (), generator=generator(7)))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        wanted = DRAWS[name](), DRAWS[name]()
+        state = torch.get_rng_state()
+        with global_rng(source):
+            found = DRAWS[name](), DRAWS[name]()
+        assert torch.equal(torch.get_rng_state(), state)
+    assert_same(found, wanted)
+
+
+def test_recordings_run_under_a_mode_of_the_users() -> None:
+    """`with torch.device(...)` is one; after 20 calls derivatives are replayed."""
+    density = fresh()
+    plain = vm.fit(vm.IMAML(steps=12), density, TRAIN, progress=False)
+    assert "recorded" in density.execution().values()
+    with torch.device("cpu"):
+        under = vm.fit(vm.IMAML(steps=12), density, TRAIN, progress=False)
+    assert_same(under.state.state_dict(), plain.state.state_dict())
