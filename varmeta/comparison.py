@@ -253,7 +253,7 @@ def _check(
     for argument, tasks in (("train", train), ("new", new)):
         if tasks is not None:
             tasks.require_rows(argument)
-            density.check_data(tasks, density.shared_init)
+            density.check_tasks(tasks)
     clash = set() if new is None else set(new.names) & set(train.names)
     if clash:
         raise ValueError(f"new: task {min(clash)!r} is among the training tasks too")

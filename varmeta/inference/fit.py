@@ -144,9 +144,11 @@ class Fit:
         """The posterior of each task given all of its rows; pass `tasks.support` for the support.
 
         Raises:
-            ValueError: a task without rows.
+            ValueError: a task without rows, or whose data do not fit the model, see
+                `Density.check_tasks`.
         """
         tasks.require_rows("tasks")
+        self.density.check_tasks(tasks)
         posterior = self._ran.adapt(
             self.density, self.state, tasks.unsplit, _noise(self.density, self.seed, _ADAPT)
         )
@@ -245,12 +247,15 @@ def fit(
         on_step: called after each step.
 
     Raises:
-        ValueError: a task without support rows, a batch size out of range, a checkpoint of another
+        ValueError: a task without support rows, or whose data do not fit the model (see
+            `Density.check_tasks`; of a stream the first batch is looked at), a batch size out of range, a checkpoint of another
             strategy or seed.
         NonFiniteLoss: with the task's name; the checkpoint holds the step before.
         KeyboardInterrupt: after the step is done and the checkpoint written, with how to resume.
     """
-    (tasks.batch(0) if isinstance(tasks, TaskSource) else tasks).require_rows("tasks")
+    seen = tasks.batch(0) if isinstance(tasks, TaskSource) else tasks
+    seen.require_rows("tasks")
+    density.check_tasks(seen)
     training = strategy.prepare(tasks, seed)
     if batch_size is not None:
         if isinstance(training, TaskSource):

@@ -29,6 +29,7 @@ from varmeta.models.sites import (
     run,
     validation_off,
 )
+from varmeta.models.support import check_targets
 from varmeta.seeds import global_rng
 from varmeta.tasks import Tasks, TaskSource
 
@@ -362,6 +363,15 @@ class Density:
     def _split(self, flat: Tensor, which: str) -> tuple[Tensor, ...]:
         sites = self.sites if which == "adapted" else self.shared_sites
         return torch.split(flat, [site.size for site in sites], dim=-1) if sites else ()
+
+    def check_tasks(self, tasks: Tasks) -> None:
+        """Raise a ValueError unless these tasks fit this density, every row's targets included.
+
+        Shapes, device and data type are those that the density was built for, inputs and targets
+        are finite, and each target lies in the support of its law; the error says where it does not.
+        """
+        self.check_data(tasks, self.shared_init)
+        check_targets(self, tasks)
 
     def check_data(self, tasks: Tasks, shared: Tensor, lead: Sequence[int] = ()) -> None:
         """Raise a ValueError unless tasks and φ fit this density and each other.

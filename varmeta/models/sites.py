@@ -274,7 +274,16 @@ def _check_latent(name: str, node: Any, longer: Any, rows: int) -> None:
 def _check_pointwise(trace: Any, observed: Sequence[str], rows: int) -> None:
     for name in observed:
         node = trace.nodes[name]
-        shape = tuple(node["fn"].log_prob(node["value"]).shape)
+        law, value = node["fn"], node["value"]  # whether the value can be is asked of all tasks
+        lead = value.shape[: value.dim() - law.event_dim]
+        try:
+            shape = tuple(torch.broadcast_shapes(law.batch_shape, lead))
+        except RuntimeError:
+            raise ValueError(
+                f"observed site {name!r} gets values of shape {tuple(value.shape)} for a law of "
+                f"batch shape {tuple(law.batch_shape)} and event shape {tuple(law.event_shape)}; "
+                "wanted one value per row"
+            ) from None
         if not shape or shape[-1] != rows:
             raise ValueError(
                 f"observed site {name!r} has a log-likelihood of shape {shape} for {rows} rows; "
