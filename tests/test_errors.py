@@ -98,6 +98,28 @@ def unsummed(x, y=None):
     pyro.sample("y", dist.Normal(a * torch.ones(len(x), 3, dtype=x.dtype), 1.0), obs=y)
 
 
+def nested_plates(x, y=None):
+    a = normal("a")
+    with pyro.plate("copies", 2, dim=-2), pyro.plate("rows", len(x), dim=-1):
+        pyro.sample("y", dist.Normal(a, 1.0), obs=y)
+
+
+def fixed_plate(x, y=None):
+    a = normal("a")
+    with pyro.plate("rows", 4):
+        pyro.sample("y", dist.Normal(a, 1.0), obs=y)
+
+
+def fixed_plate_x(x, y=None):
+    a = normal("a")
+    with pyro.plate("rows", 4):
+        pyro.sample("y", dist.Normal(a + x[:, 0], 1.0), obs=y)
+
+
+def nameless(x, y=None):
+    rows(x, y, normal(""))
+
+
 class Restless:
     """Its sites are others every time."""
 
@@ -275,6 +297,10 @@ TABLE = [
         *("'y'", "shape (4, 3) for 4 rows", ".to_event(k)"),
         tasks=Tasks.from_list([(numbers(3, 1), numbers(3, 3))]),
     ),
+    model("nested plates", nested_plates, "'y'", "shape (2, 4) for 4 rows", "not within another plate"),
+    model("a fixed plate", fixed_plate, "'y'", "batch shape (4,)", "'rows', x.shape[-2])"),
+    model("fixed, with x", fixed_plate_x, "4 rows and not on one of 5", "'rows', x.shape[-2])"),
+    model("nameless", nameless, "name ''", "give it one"),
     model("restless", Restless(), "sites that change from run to run", "fixed set"),
     model("nested", nested, "prior of latent 'a' changes with another latent", "plain priors"),
     model("nested support", nested_support, "prior of latent 'a' changes", "plain priors"),

@@ -180,7 +180,7 @@ def test_a_target_that_the_model_transforms_is_shown_as_it_was_given() -> None:
         with pyro.plate("rows", len(x)):
             pyro.sample("log", dist.Normal(a, 1.0), obs=None if y is None else y.log())
 
-    with pytest.raises(ValueError, match="'log' gets nan, from the target -3, .* finite numbers"):
+    with pytest.raises(ValueError, match=r"'log' gets nan, from the target -3, .* finite numbers"):
         Density(log, tasks(GOOD, spoilt(GOOD, -3.0)))
 
 

@@ -23,7 +23,7 @@ from varmeta.inference.reachability import reachability_gap
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.runs import RunFolder
-from varmeta.scores import Outcome, Score, check_posterior, score, score_table, task_sets
+from varmeta.scores import Outcome, Score, check_posterior, left_out, score, score_table, task_sets
 from varmeta.seeds import generator
 from varmeta.shrinkage import MOST_MODULES
 from varmeta.tables import WIDTH, notes, rich_table
@@ -77,7 +77,8 @@ class Comparison:
         console = Console(file=io.StringIO(), width=WIDTH)
         for table in self.rich_tables():
             console.print(table)
-        for note in notes(self.table, self.failures):
+        unscored = left_out(task_sets(self.train, self.new))
+        for note in [*unscored, *notes(self.table, self.failures)]:
             console.print(Text(note))
         text: str = console.file.getvalue()  # type: ignore[attr-defined]
         return text
@@ -161,6 +162,9 @@ def compare(
     _check(density, train, new, prior, draws, seed)
     run = None
     if folder is not None:
+        from varmeta.export import check_names  # ArviZ only when something is to be written
+
+        check_names(density)
         settings = {
             "strategies": {name: repr(strategy) for name, strategy in named.items()},
             "tasks": repr(train),

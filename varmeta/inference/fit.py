@@ -248,8 +248,8 @@ def fit(
 
     Raises:
         ValueError: a task without support rows, or whose data do not fit the model (see
-            `Density.check_tasks`; of a stream the first batch is looked at), a batch size out of range, a checkpoint of another
-            strategy or seed.
+            `Density.check_tasks`; of a stream the first batch is looked at), a batch size out of
+            range, a checkpoint of another strategy or seed.
         NonFiniteLoss: with the task's name; the checkpoint holds the step before.
         KeyboardInterrupt: after the step is done and the checkpoint written, with how to resume.
     """

@@ -26,8 +26,9 @@ _TRIES = 3  # draws at which a site may be silent by chance (a ReLU that is off)
 
 
 def check_model(density: Density, tasks: Tasks) -> None:
-    """Try the model on a batch: priors are fixed, targets are possible, rows are kept apart, and
-    every site is listened to.
+    """Try the model on a batch: it must run, keep its priors and rows apart, and hear every site.
+
+    Its targets must be possible, too.
     """
     sites = (*density.sites, *density.shared_sites)
     index = torch.cat([torch.full((s.size,), k) for k, s in enumerate(sites)])

@@ -368,7 +368,7 @@ class Density:
         """Raise a ValueError unless these tasks fit this density, every row's targets included.
 
         Shapes, device and data type are those that the density was built for, inputs and targets
-        are finite, and each target lies in the support of its law; the error says where it does not.
+        are finite, and each target lies in the support of its law; the error says where not.
         """
         self.check_data(tasks, self.shared_init)
         check_targets(self, tasks)

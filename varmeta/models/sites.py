@@ -23,6 +23,7 @@ from varmeta.seeds import generator, global_rng
 
 Model = Callable[..., Any]
 _PRIOR_DRAWS = 4001
+_SIZE = "Take the size of the plate over rows from x, as pyro.plate('rows', x.shape[-2])"
 _COARSE = 1e-4  # relative width of a prior below which single precision does not resolve it
 
 
@@ -134,9 +135,10 @@ def probe(model: Model, x: Tensor, y: Tensor, seed: int = 0) -> Any:
         except Exception as error:
             if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
                 raise
+            said = reason(error)
             raise ValueError(
                 f"model failed on one task with x of shape {tuple(x.shape)} ({x.dtype}) and y of "
-                f"shape {tuple(y.shape)} ({y.dtype}): {reason(error)}"
+                f"shape {tuple(y.shape)} ({y.dtype}): {said}" + f". {_SIZE}" * ("plate(" in said)
             ) from error
 
 
@@ -201,7 +203,16 @@ def read_sites(
             sites that change from run to run, a likelihood without one value per row.
     """
     trace, again = probe(model, x, y, 0), probe(model, x, y, 1)
-    longer = probe(model, torch.cat([x, x[:1]]), torch.cat([y, y[:1]]), 0)
+    nameless = next((name for name in trace.nodes if not name.strip()), None)
+    if nameless is not None:
+        raise ValueError(f"model has a site with the name {nameless!r}; give it one that is shown")
+    try:
+        longer = probe(model, torch.cat([x, x[:1]]), torch.cat([y, y[:1]]), 0)
+    except ValueError as error:
+        raise ValueError(
+            f"model runs on a task of {len(y)} rows and not on one of {len(y) + 1}: "
+            f"{reason(error.__cause__ or error)}. {_SIZE}"
+        ) from error.__cause__
     observed = [
         name
         for name in trace.observation_nodes
@@ -282,13 +293,14 @@ def _check_pointwise(trace: Any, observed: Sequence[str], rows: int) -> None:
             raise ValueError(
                 f"observed site {name!r} gets values of shape {tuple(value.shape)} for a law of "
                 f"batch shape {tuple(law.batch_shape)} and event shape {tuple(law.event_shape)}; "
-                "wanted one value per row"
+                f"wanted one value per row, a batch shape of ({rows},). {_SIZE}, and leave no other "
+                "plate around the observed site"
             ) from None
-        if not shape or shape[-1] != rows:
+        if shape != (rows,):
             raise ValueError(
                 f"observed site {name!r} has a log-likelihood of shape {shape} for {rows} rows; "
-                f"wanted one value per row, shape ({rows},): put it in a plate over rows, with "
-                ".to_event(k) for targets of k dimensions"
+                f"wanted one value per row, shape ({rows},): put it in one plate over rows, "
+                "not within another plate, with .to_event(k) for targets of k dimensions"
             )
 
 

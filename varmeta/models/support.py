@@ -131,7 +131,9 @@ def rows_inside(node: Any, rows: int) -> tuple[Tensor, list[Tensor]]:
     """
     law, value = node["fn"], node["value"]
     dims = law.event_dim
-    inside = value.isfinite() if value.is_floating_point() else torch.ones_like(value, dtype=bool)
+    inside = (
+        value.isfinite() if value.is_floating_point() else torch.ones_like(value, dtype=torch.bool)
+    )
     inside = inside.flatten(inside.dim() - dims).all(-1) if dims else inside
     bounds: list[Tensor] = []
     try:
