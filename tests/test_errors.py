@@ -294,10 +294,12 @@ TABLE = [
     model(
         "square",
         unsummed,
-        *("'y'", "shape (4, 3) for 4 rows", ".to_event(k)"),
+        *("'y'", "shape (3, 3) for 3 rows", ".to_event(k)"),
         tasks=Tasks.from_list([(numbers(3, 1), numbers(3, 3))]),
     ),
-    model("nested plates", nested_plates, "'y'", "shape (2, 4) for 4 rows", "not within another plate"),
+    model(
+        "nested plates", nested_plates, "'y'", "shape (2, 4) for 4 rows", "not within another plate"
+    ),
     model("a fixed plate", fixed_plate, "'y'", "batch shape (4,)", "'rows', x.shape[-2])"),
     model("fixed, with x", fixed_plate_x, "4 rows and not on one of 5", "'rows', x.shape[-2])"),
     model("nameless", nameless, "name ''", "give it one"),

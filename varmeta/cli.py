@@ -303,9 +303,7 @@ def load_model(path: Path, name: str) -> Model:
         try:
             spec.loader.exec_module(module)
         except SystemExit:
-            raise ValueError(
-                f"{path} ended the program when it was loaded (SystemExit)"
-            ) from None
+            raise ValueError(f"{path} ended the program when it was loaded (SystemExit)") from None
     found = getattr(module, name, None)
     own = [
         n

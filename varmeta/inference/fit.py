@@ -141,12 +141,20 @@ class Fit:
         return int(self.history["gradients"].iloc[-1]) if len(self.history) else 0
 
     def adapt(self, tasks: Tasks) -> TaskPosterior:
-        """The posterior of each task given all of its rows; pass `tasks.support` for the support.
+        """The posterior of each task given its rows, all of which are seen.
+
+        Of split tasks say which rows those are: `tasks.support`, so that the query rows stay unseen
+        and can be scored, or `tasks.unsplit`.
 
         Raises:
-            ValueError: a task without rows, or whose data do not fit the model, see
+            ValueError: tasks with query rows, a task without rows, or whose data do not fit the model, see
                 `Density.check_tasks`.
         """
+        if bool(tasks.is_query.any()):
+            raise ValueError(
+                f"tasks has {int(tasks.is_query.sum())} query rows, which are held out: pass "
+                "tasks.support to leave them out, or tasks.unsplit to adapt to them too"
+            )
         tasks.require_rows("tasks")
         self.density.check_tasks(tasks)
         posterior = self._ran.adapt(
