@@ -269,7 +269,7 @@ def _own_problem(
     if not 0 <= share < 1:
         raise ValueError(f"--query must lie between 0 and below 1, got {share:g}; 0 holds out none")
     if not data.is_file():
-        raise ValueError(f"--data: no file {str(data)!r}")
+        raise ValueError(f"--data: no file {str(data)!r}; give a CSV file that is there")
     model = load_model(Path(path), name)
     tasks = Tasks.from_csv(data, task=task, inputs=_split(inputs or ""), target=target)
     count = len(tasks) // 6 if hold_out is None else hold_out
@@ -294,7 +294,7 @@ def load_model(path: Path, name: str) -> Model:
         ValueError: no such file, or no such name in it.
     """
     if not path.is_file():
-        raise ValueError(f"no file {str(path)!r}")
+        raise ValueError(f"no file {str(path)!r}; give FILE.py:FUNCTION of a file that is there")
     # A name that no library has: it stands in sys.modules, where dataclasses look it up.
     spec = importlib.util.spec_from_file_location(f"varmeta_model_{path.stem}", path)
     assert spec is not None and spec.loader is not None

@@ -309,6 +309,12 @@ def _latent_site(name: str, node: Any, role: Any, like: Tensor) -> Site:
     transform = biject_to(fn.support)
     value = node["value"].detach()
     loc, scale = _location_and_scale(fn, transform, value)
+    if not bool((loc.isfinite() & scale.isfinite() & (scale > 0)).all()):
+        raise ValueError(
+            f"the prior of latent {name!r} has no finite location and positive, finite spread (on "
+            f"the unconstrained scale {_extreme(loc)} and {_extreme(scale)}); learning starts "
+            "there, so write a proper prior, such as Normal(0, 10)"
+        )
     return Site(
         name,
         role,
@@ -320,6 +326,13 @@ def _latent_site(name: str, node: Any, role: Any, like: Tensor) -> Site:
         loc.to(dtype=_float_type(like), device=like.device).flatten(),
         scale.to(dtype=_float_type(like), device=like.device).flatten(),
     )
+
+
+def _extreme(values: Tensor) -> float:
+    """The entry that is no finite positive number, or else the first."""
+    flat = values.flatten()
+    bad = ~flat.isfinite() | (flat <= 0)
+    return float(flat[bad][0] if bool(bad.any()) else flat[0])
 
 
 def _param_site(name: str, value: Tensor, like: Tensor, support: Any, owned: str | None) -> Site:
