@@ -52,15 +52,13 @@ def check_error(error: BaseException) -> None:
     assert len(said.split()) >= 5 and "Traceback" not in said and "Trace Shapes" not in said, said
 
 
-# -- CSV files --------------------------------------------------------------------------------------
+# -- CSV files ------------------------------------------------------------------------------------
 
 NUMBERS = st.one_of(st.integers(-99, 99), st.floats(allow_nan=False, width=32)).map(str)
-ODD = st.sampled_from(
-    ["", "NA", "-", "nan", "inf", "-inf", "1e999", "1,5", "1.234,5", "1_000", "0x1f", "True", "no"]
-    + ["2020-01-01", " 3 ", "\t4", '"', '"a', "a;b", "é", "３", "\0", "\ufeff", "[/x]", "$a$", "#1"]
-)
+ODD = ["", "NA", "-", "nan", "inf", "-inf", "1e999", "1,5", "1.234,5", "1_000", "0x1f", "True"]
+ODD += ["2020-01-01", " 3 ", "\t4", '"', '"a', "a;b", "é", "３", "\0", "\ufeff", "[/x]", "$a$"]
 NAMES = st.sampled_from(["g", "x", "y", "g", "x", "y", " x", "", "X", "[/x]", "$y$", "x;y", "1"])
-CELLS = st.one_of(NUMBERS, NUMBERS, NUMBERS, NUMBERS, ODD, st.text(max_size=3))
+CELLS = st.one_of(NUMBERS, NUMBERS, NUMBERS, NUMBERS, st.sampled_from(ODD), st.text(max_size=3))
 
 
 @st.composite
@@ -109,7 +107,7 @@ def test_csv_files(data: bytes, inputs: list[str]) -> None:
     return None
 
 
-# -- settings ---------------------------------------------------------------------------------------
+# -- settings -------------------------------------------------------------------------------------
 
 FIELDS = ["steps", "q", "learning_rate", "minimiser", "minimiser.max_iterations", "adjoint.solver"]
 FIELDS += ["resets", "tolerance", "posterior_kind", "samples", "draws", "guide", "", ".", "nothing"]
@@ -167,7 +165,7 @@ def test_a_settings_file(lines: list[str], code: str) -> None:
     return None
 
 
-# -- the command line -------------------------------------------------------------------------------
+# -- the command line -----------------------------------------------------------------------------
 
 MODEL = """
 import pyro, pyro.distributions as dist
@@ -233,7 +231,7 @@ def test_the_command_line(workplace: Path, what: str, options: dict[str, str], b
     assert raw is None or "m.py, line" in said, said  # an error of the user's own has its line
 
 
-# -- models and their data --------------------------------------------------------------------------
+# -- models and their data ------------------------------------------------------------------------
 
 PRIORS = {
     "normal": lambda x, y: dist.Normal(0.0, 1.0),
