@@ -126,8 +126,13 @@ def compare(
             config=config,
         )
         if problem in PROBLEMS:
-            given = {"--data": data, "--task": task, "--inputs": inputs, "--target": target}
-            given |= {"--shared": shared, "--query": query, "--hold-out": hold_out}
+            given: dict[str, object] = {"--data": data, "--task": task, "--inputs": inputs}
+            given |= {
+                "--target": target,
+                "--shared": shared,
+                "--query": query,
+                "--hold-out": hold_out,
+            }
             extra = [name for name, value in given.items() if value is not None]
             if extra:
                 raise ValueError(

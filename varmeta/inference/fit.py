@@ -37,6 +37,7 @@ from varmeta.inference.diagnostics import (
 from varmeta.inference.quasi_newton import moving
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
+from varmeta.models.support import finite_tasks
 from varmeta.posterior import TaskPosterior
 from varmeta.seeds import generator, generators
 from varmeta.shrinkage import MOST_MODULES, Shrinkage, find_shrinkage, scales_path
@@ -147,8 +148,8 @@ class Fit:
         and can be scored, or `tasks.unsplit`.
 
         Raises:
-            ValueError: tasks with query rows, a task without rows, or whose data do not fit the model, see
-                `Density.check_tasks`.
+            ValueError: tasks with query rows, a task without rows, or whose data do not fit the
+                model, see `Density.check_tasks`.
         """
         if bool(tasks.is_query.any()):
             raise ValueError(
@@ -263,7 +264,7 @@ def fit(
     """
     seen = tasks.batch(0) if isinstance(tasks, TaskSource) else tasks
     seen.require_rows("tasks")
-    density.check_tasks(seen)
+    density.check_tasks(finite_tasks(seen) if isinstance(tasks, TaskSource) else seen)
     training = strategy.prepare(tasks, seed)
     if batch_size is not None:
         if isinstance(training, TaskSource):

@@ -29,7 +29,7 @@ from varmeta.models.sites import (
     run,
     validation_off,
 )
-from varmeta.models.support import check_targets
+from varmeta.models.support import check_targets, finite_tasks
 from varmeta.seeds import global_rng
 from varmeta.tasks import Tasks, TaskSource
 
@@ -75,7 +75,7 @@ class Density:
     ) -> None:
         if isinstance(shared, str):
             raise ValueError(f"shared must be a list of site names, got the string {shared!r}")
-        tasks = tasks.batch(0) if isinstance(tasks, TaskSource) else tasks
+        tasks = finite_tasks(tasks.batch(0)) if isinstance(tasks, TaskSource) else tasks
         first = tasks.select([0])
         x, y = first.inputs[0], first.targets[0]
         self.model = model

@@ -211,7 +211,7 @@ def read_sites(
     except ValueError as error:
         raise ValueError(
             f"model runs on a task of {len(y)} rows and not on one of {len(y) + 1}: "
-            f"{reason(error.__cause__ or error)}. {_SIZE}"
+            f"{reason(error.__cause__)}. {_SIZE}"  # type: ignore[arg-type]
         ) from error.__cause__
     observed = [
         name
@@ -293,8 +293,8 @@ def _check_pointwise(trace: Any, observed: Sequence[str], rows: int) -> None:
             raise ValueError(
                 f"observed site {name!r} gets values of shape {tuple(value.shape)} for a law of "
                 f"batch shape {tuple(law.batch_shape)} and event shape {tuple(law.event_shape)}; "
-                f"wanted one value per row, a batch shape of ({rows},). {_SIZE}, and leave no other "
-                "plate around the observed site"
+                f"wanted one value per row, a batch shape of ({rows},). {_SIZE}, and leave no "
+                "other plate around the observed site"
             ) from None
         if shape != (rows,):
             raise ValueError(

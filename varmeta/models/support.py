@@ -87,12 +87,25 @@ def check_targets(density: Density, tasks: Tasks) -> None:
                 raise ValueError(_sentence(density, tasks, name, task, row, len(bad)))
 
 
+def finite_tasks(tasks: Tasks) -> Tasks:
+    """Those whose data are finite: of a stream's tasks the others may be skipped. All, if none."""
+    good = torch.ones_like(tasks.mask[:, 0])
+    for values in (tasks.inputs, tasks.targets):
+        if values.is_floating_point():
+            good = good & (_finite_rows(values) | ~tasks.mask).all(-1)
+    return tasks if bool(good.all()) or not bool(good.any()) else tasks.select(good)
+
+
+def _finite_rows(values: Tensor) -> Tensor:
+    """`[T, N, ...]` to `[T, N]` bool."""
+    finite = values.isfinite()
+    return finite.flatten(2).all(-1) if finite.dim() > 2 else finite
+
+
 def _check_finite(tasks: Tasks) -> None:
     for name, values in (("x", tasks.inputs), ("y", tasks.targets)):
         if values.is_floating_point():
-            finite = values.isfinite()
-            finite = finite.flatten(2).all(-1) if finite.dim() > 2 else finite
-            bad = (~finite & tasks.mask).nonzero()
+            bad = (~_finite_rows(values) & tasks.mask).nonzero()
             if len(bad):
                 raise ValueError(
                     f"{tasks.place(*bad[0].tolist())}: {name} holds NaN or infinity "
