@@ -48,6 +48,8 @@ def on_a_batch() -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            raise
         raise ValueError(
             f"model failed on a batch of tasks (torch.vmap): {reason(error)}. Replace Python "
             "branches on values by torch.where, and draw random numbers with pyro.sample only"
