@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import envelope, figure2, joint_against_svi, joint_scale
+from benchmarks import bad_inputs, envelope, figure2, joint_against_svi, joint_scale
 from benchmarks.check import check
 from benchmarks.peers import PEERS
 from benchmarks.reference import relative_error, solve
@@ -131,3 +131,9 @@ def test_joint_and_pyros_svi_lower_the_same_bound(monkeypatch):
     ):
         bounds = joint_against_svi.run(strategy, density, tasks, 60).bounds
         assert bounds[-1] < bounds[0] - 0.5
+
+
+def test_every_kind_of_bad_input_gets_an_error_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    table = bad_inputs.main()
+    assert table.loc["all", "ours"] > 150
+    assert table.loc["all", ["vague", "raw", "silent"]].tolist() == [0, 0, 0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +11,12 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import varmeta.cli as cli
 import varmeta.settings as settings
-from varmeta import CompletePooling
+from varmeta import CompletePooling, Density, Tasks
 from varmeta.data import load
 
 MODEL = """
@@ -35,6 +37,14 @@ def misfit(x, y=None):
     mean = a + x @ torch.ones(7, dtype=x.dtype)
     with pyro.plate("homes", x.shape[-2]):
         return pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+def counts(x, y=None):
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    with pyro.plate("homes", x.shape[-2]):
+        return pyro.sample("y", dist.Poisson((a + 0 * x[..., 0]).exp()), obs=y)
+
+class Net(torch.nn.Module):
+    pass
 """
 COLUMNS = ["--task", "county", "--inputs", "floor,log_uranium", "--target", "log_radon"]
 
@@ -46,6 +56,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     frame = load("radon")
     counties = frame["county"].unique()[:12]
     frame[frame["county"].isin(counties)].to_csv("radon.csv", index=False)
+    rows = "county,floor,log_uranium,log_radon\nA,0,0,1\nB,0,0,2\nB,1,0,-3\n"
+    (tmp_path / "counts.csv").write_text(rows)
     return tmp_path
 
 
@@ -81,13 +93,22 @@ def test_shipped_problem_without_held_out_rows(workplace: Path) -> None:
         (["radon", "--set", "joint.q=round"], ["--set joint.q=round", "'diagonal'"]),
         (["radon", "--strategies", "complete-pooling", "--steps", "3"], ["--steps fits none"]),
         (["radon", "--config", "no.toml"], ["--config: no file 'no.toml'"]),
-        (["radon", "--target", "x"], ["--target goes with a model of your own"]),
+        (["radon", "--target", "x"], ["--target: goes with a model of your own", "leave it out"]),
+        *(
+            (["radon", option, value], [f"{option}: goes with a model of your own", "leave it out"])
+            for option, value in (
+                ("--inputs", "x"),
+                ("--shared", "noise"),
+                ("--query", "0.3"),
+                ("--hold-out", "0"),
+            )
+        ),
         (["my_model.py:county"], ["--data is missing"]),
         (["my_model.py:county", "--data", "no.csv", *COLUMNS], ["--data: no file 'no.csv'"]),
         (["none.py:county", "--data", "radon.csv", *COLUMNS], ["no file 'none.py'"]),
         (
             ["my_model.py:town", "--data", "radon.csv", *COLUMNS],
-            ["no model 'town'", "county, broken, misfit"],
+            ["no model 'town'", "county, broken, misfit, counts, Net"],
         ),
         (["my_model.py:broken", "--data", "radon.csv", *COLUMNS], ["no observed site", "obs=y"]),
         (
@@ -96,7 +117,7 @@ def test_shipped_problem_without_held_out_rows(workplace: Path) -> None:
         ),
         (
             ["my_model.py:county", "--data", "radon.csv", *COLUMNS[:5], "county"],
-            ["'county' is not numeric"],
+            ["target: column 'county' is the task too"],
         ),
         (
             ["my_model.py:county", "--data", "radon.csv", *COLUMNS, "--shared", "noize"],
@@ -104,7 +125,19 @@ def test_shipped_problem_without_held_out_rows(workplace: Path) -> None:
         ),
         (
             ["my_model.py:county", "--data", "radon.csv", *COLUMNS, "--query", "1.5"],
-            ["query must lie strictly between 0 and 1, got 1.5"],
+            ["--query must lie between 0 and below 1, got 1.5"],
+        ),
+        (
+            ["my_model.py:county", "--data", "radon.csv", *COLUMNS, "--hold-out", "12"],
+            ["--hold-out must lie between 0 and 11, got 12"],
+        ),
+        (
+            ["my_model.py:Net", "--data", "radon.csv", *COLUMNS],
+            ["'Net' is a class; name an object of it: write model = Net()"],
+        ),
+        (
+            ["my_model.py:counts", "--data", "counts.csv", *COLUMNS],
+            ["task 'B', line 4: the observed site 'y' gets -3, and its law, Poisson, wants whole"],
         ),
     ],
 )
@@ -199,6 +232,43 @@ def test_a_model_file_that_cannot_be_read(workplace: Path, text: str, said: str)
     assert (
         code == 2 and said in output and "Traceback" not in output and "site-packages" not in output
     )
+
+
+FUTURE = """
+from __future__ import annotations
+from dataclasses import dataclass
+import pyro, pyro.distributions as dist
+import neighbour
+
+@dataclass
+class Settings:
+    scale: float = neighbour.SCALE
+
+def county(x, y=None):
+    a = pyro.sample("a", dist.Normal(0.0, Settings().scale))
+    with pyro.plate("homes", x.shape[-2]):
+        return pyro.sample("y", dist.Normal(a, 1.0), obs=y)
+"""
+
+
+@pytest.mark.parametrize("name", ["my_model", "pyro", "random"])
+def test_a_model_file_is_a_module_that_may_import_its_neighbours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Whatever its own name is; then the path and the modules are as they were."""
+    monkeypatch.chdir(tmp_path)
+    path, modules = list(sys.path), set(sys.modules)
+    scales = []
+    for folder, scale in (("one", 2.0), ("two", 3.0)):
+        Path(folder).mkdir()
+        Path(folder, f"{name}.py").write_text(FUTURE)
+        Path(folder, "neighbour.py").write_text(f"SCALE = {scale}\n")
+        model = cli.load_model(Path(folder, f"{name}.py"), "county")
+        pairs = [(torch.ones(3, 1), torch.ones(3))] * 2
+        scales.append(float(Density(model, Tasks.from_list(pairs)).prior_scale))
+    assert scales == [2.0, 3.0]
+    assert sys.path == path and not [m for m in set(sys.modules) - modules if "neighb" in m]
+    assert not [m for m in set(sys.modules) - modules if m.startswith("varmeta_model_")]
 
 
 def test_what_nobody_expected(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

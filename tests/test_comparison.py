@@ -163,6 +163,29 @@ def test_table_fits_its_width_with_long_names_and_says_how_far_to_trust() -> Non
     assert "k̂" in text and "0.83" in text and "exact" in text and "above 0.7" in text
 
 
+@pytest.mark.parametrize(
+    ("sizes", "hold_out", "said"),
+    [
+        ((1, 1, 2, 1, 5, 4), 0, "known tasks: 3 of 6 tasks have no held-out row"),
+        ((1, 1, 2, 1, 5, 4), 1, "new tasks: no task has a held-out row, so that nothing is scored"),
+        ((1, 1, 1), 1, "known tasks: no task has a held-out row"),
+    ],
+)
+def test_tasks_too_small_to_split(sizes: tuple[int, ...], hold_out: int, said: str) -> None:
+    """They are left out of the scores, which is said, and everything else goes on."""
+    density, _, _ = problem()
+    ones = [(torch.ones(n, 1, dtype=F64), torch.arange(n, dtype=F64)) for n in sizes]
+    split = Tasks.from_list(ones).split(0.3)
+    train, new = split, None
+    if hold_out:
+        train, new = split.select(range(1, len(sizes))), split.select([0])
+    found = compare([NoPooling(steps=5, adapt_steps=5)], density, train, new, draws=50)
+    assert not found.failures and str(found).count(said) == 1
+    rows = found.table.set_index("set")["rows"].to_dict()
+    scored = found.table.set_index("set")["elpd"].notna().to_dict()
+    assert scored == {which: count > 0 for which, count in rows.items()}
+
+
 def test_nothing_held_out() -> None:
     density, train, _ = problem()
     table = compare([NoPooling(steps=5, adapt_steps=5)], density, train.unsplit).table

@@ -98,6 +98,28 @@ def unsummed(x, y=None):
     pyro.sample("y", dist.Normal(a * torch.ones(len(x), 3, dtype=x.dtype), 1.0), obs=y)
 
 
+def nested_plates(x, y=None):
+    a = normal("a")
+    with pyro.plate("copies", 2, dim=-2), pyro.plate("rows", len(x), dim=-1):
+        pyro.sample("y", dist.Normal(a, 1.0), obs=y)
+
+
+def fixed_plate(x, y=None):
+    a = normal("a")
+    with pyro.plate("rows", 4):
+        pyro.sample("y", dist.Normal(a, 1.0), obs=y)
+
+
+def fixed_plate_x(x, y=None):
+    a = normal("a")
+    with pyro.plate("rows", 4):
+        pyro.sample("y", dist.Normal(a + x[:, 0], 1.0), obs=y)
+
+
+def nameless(x, y=None):
+    rows(x, y, normal(""))
+
+
 class Restless:
     """Its sites are others every time."""
 
@@ -235,10 +257,12 @@ TABLE = [
     bad("inputs", lambda: frame(inputs=["x", "z"]), "inputs: no column 'z'", "have: county, x"),
     bad("target", lambda: frame(target="z"), "target: no column 'z'", "have: county, x, gap"),
     bad("a string", lambda: frame(inputs="x"), "inputs must be a list", "got the string 'x'"),
-    bad("text", lambda: frame(target="text"), "'text' is not numeric", "'u'", "encode"),
-    bad("dates", lambda: frame(inputs=["when"]), "'when' is not numeric", "encode"),
+    bad("text", lambda: frame(target="text"), "'text' holds 'u' in row 0, which is no", "encode"),
+    bad("dates", lambda: frame(inputs=["when"]), "'when' holds 2020-01-01", "row 0", "encode"),
     bad(
-        "gap", lambda: frame(inputs=["gap"]), "'gap' holds NaN", "row 1 (2 in all)", "drop or fill"
+        "gap",
+        lambda: frame(inputs=["gap"]),
+        *("'gap' holds nan in row 1, which is a missing value (2 rows in all)", "drop or fill"),
     ),
     bad(
         "no task given",
@@ -270,9 +294,15 @@ TABLE = [
     model(
         "square",
         unsummed,
-        *("'y'", "shape (4, 3) for 4 rows", ".to_event(k)"),
+        *("'y'", "shape (3, 3) for 3 rows", ".to_event(k)"),
         tasks=Tasks.from_list([(numbers(3, 1), numbers(3, 3))]),
     ),
+    model(
+        "nested plates", nested_plates, "'y'", "shape (2, 4) for 4 rows", "not within another plate"
+    ),
+    model("a fixed plate", fixed_plate, "'y'", "batch shape (4,)", "'rows', x.shape[-2])"),
+    model("fixed, with x", fixed_plate_x, "4 rows and not on one of 5", "'rows', x.shape[-2])"),
+    model("nameless", nameless, "name ''", "give it one"),
     model("restless", Restless(), "sites that change from run to run", "fixed set"),
     model("nested", nested, "prior of latent 'a' changes with another latent", "plain priors"),
     model("nested support", nested_support, "prior of latent 'a' changes", "plain priors"),

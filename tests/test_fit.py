@@ -185,7 +185,7 @@ def test_a_finished_run_is_only_read(tmp_path: Path) -> None:
 
     again = run(checkpoint=path, on_step=never)
     assert_same(again.state.state_dict(), first.state.state_dict())
-    assert_same(again.adapt(CASE.tasks).mean, first.adapt(CASE.tasks).mean)
+    assert_same(again.adapt(CASE.tasks.unsplit).mean, first.adapt(CASE.tasks.unsplit).mean)
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ def test_unsolved_inner_problems_are_said_in_plain_words() -> None:
     with pytest.warns(RuntimeWarning, match=message):
         done = run(strategy)
     with pytest.warns(RuntimeWarning, match="2 of 2 tasks did not reach"):
-        done.adapt(CASE.tasks.select([0, 1]))
+        done.adapt(CASE.tasks.unsplit.select([0, 1]))
 
 
 def test_negative_curvature_is_said_in_plain_words() -> None:
@@ -327,7 +327,7 @@ def test_negative_curvature_is_said_in_plain_words() -> None:
 def test_a_good_run_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run(IMAML()).adapt(CASE.tasks)
+        run(IMAML()).adapt(CASE.tasks.unsplit)
     assert capfd.readouterr() == ("", "")
 
 
@@ -343,10 +343,11 @@ def test_the_bar_is_shown_on_demand_only(capfd: pytest.CaptureFixture[str]) -> N
 # -- adapting -------------------------------------------------------------------------------------
 
 
-def test_adapting_uses_all_rows_of_the_tasks_given() -> None:
+def test_adapting_uses_all_rows_of_the_tasks_given_and_refuses_held_out_ones() -> None:
     done = run(IMAML(steps=1))
-    whole = done.adapt(CASE.tasks)
-    assert torch.equal(whole.mean, done.adapt(CASE.tasks.unsplit).mean)
+    with pytest.raises(ValueError, match=r"query rows, which are held out: pass tasks\.support to"):
+        done.adapt(CASE.tasks)
+    whole = done.adapt(CASE.tasks.unsplit)
     assert not torch.equal(whole.mean, done.adapt(CASE.tasks.support).mean)
     assert_close(done.posterior().mean, whole.mean, 1e-12)
 
@@ -355,6 +356,6 @@ def test_a_task_without_rows_is_refused() -> None:
     done = run(IMAML(steps=1))
     empty = replace(CASE.tasks, is_query=CASE.tasks.mask & (torch.arange(6) == 1)[:, None])
     with pytest.raises(ValueError, match="task '1' has no support rows"):
-        done.adapt(empty)
+        done.adapt(empty.support)
     with pytest.raises(ValueError, match="task '1' has no support rows"):
         run(tasks=empty)

@@ -51,7 +51,7 @@ def done(entry: Entry) -> Fit:
 def adapted(result: Fit, tasks: Tasks) -> tuple[Tensor, Tensor]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        posterior = result.adapt(tasks)
+        posterior = result.adapt(tasks.unsplit)
     return posterior.mean, posterior.sd
 
 
@@ -136,7 +136,7 @@ def test_global_state_is_left_alone(entry: Entry) -> None:
 @every_strategy
 def test_posterior_protocol(entry: Entry) -> None:
     result = done(entry)
-    for posterior, tasks in ((result.posterior(), TRAIN), (result.adapt(TRAIN), TRAIN)):
+    for posterior, tasks in ((result.posterior(), TRAIN), (result.adapt(TRAIN.unsplit), TRAIN)):
         assert posterior.names == tasks.names
         assert posterior.mean.shape == posterior.sd.shape == (len(tasks), 2)
         assert (posterior.sd >= 0).all()

@@ -133,7 +133,7 @@ def test_complete_pooling_learns_nothing_from_the_task_it_adapts_to() -> None:
     problem = LinearGaussian.random(6)
     done = pooled_fit(problem)
     new = tasks_of(LinearGaussian.random(60, 2))
-    posterior = done.adapt(new)
+    posterior = done.adapt(new.unsplit)
     assert posterior.names == new.names
     assert torch.equal(posterior.mean, done.posterior().mean[:2])
 

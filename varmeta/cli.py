@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from signal import SIGTERM
+from types import ModuleType
 from typing import Annotated
 
 import torch
@@ -66,12 +68,16 @@ def compare(
     ],
     data: Annotated[Path | None, typer.Option(help="CSV file, one row per datum.")] = None,
     task: Annotated[str | None, typer.Option(help="Column that names a row's task.")] = None,
-    inputs: Annotated[str, typer.Option(help="Input columns, separated by commas.")] = "",
+    inputs: Annotated[
+        str | None, typer.Option(help="Input columns, separated by commas; default none.")
+    ] = None,
     target: Annotated[str | None, typer.Option(help="Target column.")] = None,
     shared: Annotated[
-        str, typer.Option(help="Latent sites with one value for all tasks, by commas.")
-    ] = "",
-    query: Annotated[float, typer.Option(help="Share of each task's rows to hold out.")] = 0.3,
+        str | None, typer.Option(help="Latent sites with one value for all tasks, by commas.")
+    ] = None,
+    query: Annotated[
+        float | None, typer.Option(help="Share of each task's rows to hold out; default 0.3.")
+    ] = None,
     hold_out: Annotated[
         int | None, typer.Option(help="Whole tasks to hold out; default a sixth of them.")
     ] = None,
@@ -122,10 +128,19 @@ def compare(
             config=config,
         )
         if problem in PROBLEMS:
-            given = {"--data": data, "--task": task, "--inputs": inputs, "--target": target}
-            extra = [name for name, value in given.items() if value]
+            given: dict[str, object] = {"--data": data, "--task": task, "--inputs": inputs}
+            given |= {
+                "--target": target,
+                "--shared": shared,
+                "--query": query,
+                "--hold-out": hold_out,
+            }
+            extra = [name for name, value in given.items() if value is not None]
             if extra:
-                raise ValueError(f"{extra[0]} goes with a model of your own, not with {problem!r}")
+                raise ValueError(
+                    f"{', '.join(extra)}: goes with a model of your own, FILE.py:FUNCTION, and not "
+                    f"with {problem!r}, which has all of it; leave it out"
+                )
             label, case = problem, PROBLEMS[problem](seed)
         else:
             label, case = _own_problem(
@@ -246,10 +261,10 @@ def _own_problem(
     spec: str,
     data: Path | None,
     task: str | None,
-    inputs: str,
+    inputs: str | None,
     target: str | None,
-    shared: str,
-    query: float,
+    shared: str | None,
+    query: float | None,
     hold_out: int | None,
     seed: int,
 ) -> tuple[str, Problem]:
@@ -265,42 +280,80 @@ def _own_problem(
                 f"{option} is missing; a model of your own needs --data, --task, --target"
             )
     assert data is not None and task is not None and target is not None
+    share = 0.3 if query is None else query
+    if not 0 <= share < 1:
+        raise ValueError(f"--query must lie between 0 and below 1, got {share:g}; 0 holds out none")
     if not data.is_file():
-        raise ValueError(f"--data: no file {str(data)!r}")
-    tasks = Tasks.from_csv(data, task=task, inputs=_split(inputs), target=target)
-    count = len(tasks) // 6 if hold_out is None else hold_out
+        raise ValueError(f"--data: no file {str(data)!r}; give a CSV file that is there")
     model = load_model(Path(path), name)
+    tasks = Tasks.from_csv(data, task=task, inputs=_split(inputs or ""), target=target)
+    count = len(tasks) // 6 if hold_out is None else hold_out
+    if not 0 <= count < len(tasks):
+        raise ValueError(
+            f"--hold-out must lie between 0 and {len(tasks) - 1}, got {count}: there are "
+            f"{len(tasks)} tasks, and one must be left to learn from"
+        )
     label = f"{Path(path).stem}_{name}"
     return label, Problem.make(
-        model, tasks, shared=_split(shared), query=query, hold_out=count, seed=seed
+        model, tasks, shared=_split(shared or ""), query=share, hold_out=count, seed=seed
     )
 
 
 def load_model(path: Path, name: str) -> Model:
     """The function or module `name` of the Python file `path`.
 
+    While the file is loaded it is a module of its own and may import its neighbours; then
+    `sys.path` is as it was.
+
     Raises:
         ValueError: no such file, or no such name in it.
     """
     if not path.is_file():
-        raise ValueError(f"no file {str(path)!r}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+        raise ValueError(f"no file {str(path)!r}; give FILE.py:FUNCTION of a file that is there")
+    # A name that no library has: it stands in sys.modules, where dataclasses look it up.
+    spec = importlib.util.spec_from_file_location(f"varmeta_model_{path.stem}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except SystemExit:
-        raise ValueError(f"{path} ended the program when it was loaded (SystemExit)") from None
+    with _importing(module, path.resolve().parent):
+        try:
+            spec.loader.exec_module(module)
+        except SystemExit:
+            raise ValueError(f"{path} ended the program when it was loaded (SystemExit)") from None
     found = getattr(module, name, None)
+    own = [
+        n
+        for n, v in vars(module).items()
+        if callable(v) and getattr(v, "__module__", None) == module.__name__
+    ]
+    if isinstance(found, type):
+        raise ValueError(
+            f"{path}: {name!r} is a class; name an object of it: write model = {name}() there and "
+            f"give {path}:model"
+        )
     if not callable(found):
-        own = [
-            n
-            for n, v in vars(module).items()
-            if callable(v) and getattr(v, "__module__", None) == module.__name__
-        ]
         raise ValueError(f"{path} has no model {name!r}; it defines: {', '.join(own) or 'none'}")
     model: Model = found
     return model
+
+
+@contextmanager
+def _importing(module: ModuleType, folder: Path) -> Iterator[None]:
+    """`module` among the modules and its folder on the path; then both lists are as they were.
+
+    Neighbours that it has imported leave too, so that another folder's of the same name are found.
+    """
+    path, known = list(sys.path), set(sys.modules)
+    sys.path.insert(0, str(folder))
+    sys.modules[module.__name__] = module
+    try:
+        yield
+    finally:
+        sys.path[:] = path
+        for name in set(sys.modules) - known:
+            file = Path(getattr(sys.modules[name], "__file__", None) or "/")
+            library = "site-packages" in file.parts  # of an environment that lies in the folder
+            if file.resolve().is_relative_to(folder) and not library:
+                del sys.modules[name]
 
 
 def _split(text: str) -> list[str]:

@@ -26,7 +26,7 @@ from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import TaskPosterior
 from varmeta.runs import RunFolder, run_folder
-from varmeta.scores import Outcome, Score, score, score_table, task_sets
+from varmeta.scores import Outcome, Score, left_out, score, score_table, task_sets
 from varmeta.seeds import generator
 from varmeta.shrinkage import MOST_MODULES
 from varmeta.tables import WIDTH, notes, rich_table
@@ -83,7 +83,8 @@ class Comparison:
         console = Console(file=io.StringIO(), width=WIDTH)
         for table in self.rich_tables():
             console.print(table)
-        for note in notes(self.table, self.failures):
+        unscored = left_out(task_sets(self.train, self.new))
+        for note in [*unscored, *notes(self.table, self.failures)]:
             console.print(Text(note))
         text: str = console.file.getvalue()  # type: ignore[attr-defined]
         return text
@@ -178,6 +179,9 @@ def compare(
     _check(density, train, new, prior, draws, seed)
     if folder is None:
         return _compared(named, density, train, new, prior, seed, draws, progress, None)
+    from varmeta.export import check_names  # ArviZ only when something is to be written
+
+    check_names(density)
     given = {"train": train, "new": new}
     settings = fingerprint(named, density, given, prior, seed=seed, draws=draws)
     with run_folder(Path(folder), settings, named, overwrite=overwrite) as run:
@@ -290,7 +294,7 @@ def _check(
     for argument, tasks in (("train", train), ("new", new)):
         if tasks is not None:
             tasks.require_rows(argument)
-            density.check_data(tasks, density.shared_init)
+            density.check_tasks(tasks)
     clash = set() if new is None else set(new.names) & set(train.names)
     if clash:
         raise ValueError(f"new: task {min(clash)!r} is among the training tasks too")

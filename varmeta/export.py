@@ -100,7 +100,7 @@ def to_arviz(
         raise ValueError(f"draws must be at least 1, got {draws}")
     if tasks is None and isinstance(fit.tasks, TaskSource):
         raise ValueError("a stream's tasks are not kept; give to_arviz the tasks to adapt to")
-    _check_names(fit.density)
+    check_names(fit.density)
     rows = fit.tasks.unsplit if tasks is None else tasks.support  # type: ignore[union-attr]
     if posterior is None:
         posterior = fit.posterior() if tasks is None else fit.adapt(rows)
@@ -337,7 +337,8 @@ def _container(groups: dict[str, xr.Dataset], attrs: Mapping[str, Any]) -> Any:
     return arviz.InferenceData(**arguments)
 
 
-def _check_names(density: Density) -> None:
+def check_names(density: Density) -> None:
+    """Raise a ValueError if a site has a name that the exported data need for something else."""
     latents = [site.name for site in (*density.sites, *density.shared_sites)]
     derived = {f"{site.name}_{kind}" for site in density.sites for kind in ("loc", "scale")}
     taken = [n for n in latents if n in derived] + [

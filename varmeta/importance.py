@@ -127,7 +127,8 @@ def evidence(
     one expansion at the mode, without a figure of trust.
 
     Args:
-        posterior: of these tasks given these rows, for example `fit.adapt(tasks)`.
+        posterior: of these tasks given these rows, for example `fit.adapt(tasks)` of tasks
+            that are not split.
         prior: N(θ0, Σ).
         tasks: T tasks; all of their rows count.
         draws: of each task, at least 25.

@@ -79,7 +79,7 @@ def forest(comparison: Comparison, site: str, component: int | None = None) -> F
     )
     for ax, column in zip(fig.subplots(1, len(columns), squeeze=False)[0], columns, strict=True):
         clean_axes(ax, "x")
-        ax.set(xlim=(low, high), ylim=(deep - 0.4, -0.6), xlabel=label)
+        ax.set(xlim=(low, high), ylim=(deep - 0.4, -0.6), xlabel=plain(label))
         shown = [(y, entry) for y, entry in enumerate(column) if isinstance(entry, int)]
         for y, i in shown:
             tint, shade = TINT if i >= known else BAND, 1 if y % 2 else 0.5 * (i >= known)
@@ -145,7 +145,7 @@ def shrinkage(comparison: Comparison, site: str, component: int | None = None) -
         points = (x, means[name], unit * np.sqrt(rows))
         ax.scatter(*(v[:known] for v in points), gid=f"known:{name}", zorder=3, **solid)
         ax.scatter(*(v[known:] for v in points), gid=f"new:{name}", zorder=3, **hollow)
-        ax.set(xlabel=f"{label}, no pooling", ylabel=f"{label}, this strategy")
+        ax.set(xlabel=plain(f"{label}, no pooling"), ylabel=plain(f"{label}, this strategy"))
         ax.label_outer()
     return fig
 

@@ -64,6 +64,24 @@ def task_sets(train: Tasks, new: Tasks | None) -> dict[str, Tasks]:
     return {KNOWN: train} if new is None else {KNOWN: train, NEW: new}
 
 
+def left_out(sets: Mapping[str, Tasks]) -> list[str]:
+    """A sentence for each set of split tasks in which some have no row to be scored on."""
+    out = []
+    for which, tasks in sets.items():
+        empty = int((tasks.query.num_rows == 0).sum())
+        if tasks.is_split and empty == len(tasks):
+            out.append(
+                f"{which}: no task has a held-out row, so that nothing is scored here. Hold out a "
+                "larger share, or give tasks with more rows."
+            )
+        elif tasks.is_split and empty:
+            out.append(
+                f"{which}: {empty} of {len(tasks)} tasks have no held-out row (too few rows to "
+                "split) and are left out of the scores."
+            )
+    return out
+
+
 def score(outcome: Outcome, which: str, tasks: Tasks, draws: int, seed: int) -> Score:
     """Score one strategy's posterior of one set of tasks on the rows held out there.
 
@@ -71,7 +89,7 @@ def score(outcome: Outcome, which: str, tasks: Tasks, draws: int, seed: int) -> 
         FloatingPointError: the density of a row is not a number, or infinite.
     """
     posterior, fit = outcome.posterior(which), outcome.fit
-    held_out = tasks.query if tasks.is_split else None
+    held_out = tasks.query if bool(tasks.is_query.any()) else None
     row = _empty(tasks) | {
         "posterior": posterior.kind,
         "pareto_k": _worst_k(fit, posterior, tasks.support, draws, seed),
@@ -188,6 +206,8 @@ def _accuracy(posterior: TaskPosterior, tasks: Tasks, draws: int, seed: int) -> 
         return float("nan"), float("nan")
     values = next(iter(predicted.values()))[:, tasks.mask].to(tasks.targets)
     truth = tasks.targets[tasks.mask]
+    if values.shape[1:] != truth.shape or not truth.numel():  # a factor, say, that draws nothing
+        return float("nan"), float("nan")
     tail = values.new_tensor([(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     low, high = values.quantile(tail, dim=0)
     inside = ((truth >= low) & (truth <= high)).double().mean()

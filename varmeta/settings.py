@@ -170,7 +170,7 @@ def described(part: Any) -> str:
 
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
-        raise ValueError(f"--config: no file {str(path)!r}")
+        raise ValueError(f"--config: no file {str(path)!r}; give a TOML file that is there")
     try:
         tables = tomllib.loads(path.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

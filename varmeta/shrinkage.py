@@ -18,6 +18,7 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -104,7 +105,7 @@ class Shrinkage:
         """The table for reading."""
         adapted = int((self.table["verdict"] == "adapted").sum())
         out = Table(
-            title=f"{self.strategy}: {adapted} of {len(self.table)} modules adapt to a task",
+            title=Text(f"{self.strategy}: {adapted} of {len(self.table)} modules adapt to a task"),
             title_justify="left",
             caption="scale: learned sd of tasks around θ0; movement: root mean square of tasks' "
             "means − θ0, and relative to θ0; cost: nats per task that putting the module back to "
@@ -118,7 +119,8 @@ class Shrinkage:
             wraps = heading == "module"  # a long name, and no number, gives way
             out.add_column(heading, justify="left" if left else "right", no_wrap=not wraps)
         for row in self.table.to_dict("records"):
-            out.add_row(*(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()))
+            cells = (f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values())
+            out.add_row(*map(Text, cells))  # a name is no markup
         return out
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from varmeta.digest import digests_of
 from varmeta.pickling import require_picklable
-from varmeta.raw_data import check_pair, numeric, pad
+from varmeta.raw_data import check_columns, check_pair, numeric, pad, read_csv, task_labels
 from varmeta.seeds import generator
 
 
@@ -40,6 +40,7 @@ class Tasks:
         row_ids: `[T, N]` int, the row's number in the data it comes from; -1 for padding.
         is_split: whether there are a support and a query part. So it is when `is_query` holds a
             True; tasks selected from split ones stay split though none has a query row.
+        first_line: line of the file where row 0 stands, for messages; None where none is known.
 
     Raises:
         ValueError: shapes that do not fit together, repeated names, no tasks.
@@ -55,6 +56,7 @@ class Tasks:
     target_name: str = "target"
     row_ids: Tensor | None = None
     is_split: bool = False
+    first_line: int | None = None
 
     def __post_init__(self) -> None:
         rows = tuple(self.mask.shape)
@@ -144,30 +146,48 @@ class Tasks:
         Args:
             frame: the data.
             task: column that says which task a row belongs to.
-            inputs: numeric columns, in the order in which the model reads `x[..., k]`; may be
-                empty.
-            target: numeric column.
+            inputs: columns of numbers, also as text, in the order in which the model reads
+                `x[..., k]`; may be empty.
+            target: column of numbers.
             dtype: of inputs and targets; tables are small, and curvature is more exact in float64.
 
         Raises:
-            ValueError: a column that does not exist, is not numeric, or holds NaN or infinity.
+            ValueError: a column that does not exist, has two uses, or holds something else than
+                finite numbers; with the row and its value.
         """
+        return cls._from_frame(frame, task, inputs, target, dtype, None)
+
+    @classmethod
+    def _from_frame(
+        cls,
+        frame: pd.DataFrame,
+        task: str,
+        inputs: Sequence[str],
+        target: str,
+        dtype: torch.dtype,
+        first_line: int | None,
+    ) -> Tasks:
+        def place(row: int) -> str:
+            return f"row {row}" if first_line is None else f"line {row + first_line}"
+
         if isinstance(inputs, str):
             raise ValueError(f"inputs must be a list of column names, got the string {inputs!r}")
         if len(frame) == 0:
             raise ValueError("frame has no rows")
-        for argument, columns in (("task", [task]), ("inputs", inputs), ("target", [target])):
-            for column in columns:
-                count = list(frame.columns).count(column)
-                if count != 1:
-                    have = ", ".join(map(str, frame.columns))
-                    number = "no column" if count == 0 else f"{count} columns"
-                    raise ValueError(f"{argument}: {number} {column!r}; the data have: {have}")
-        if frame[task].isna().any():
-            row = int(np.flatnonzero(frame[task].isna())[0])
-            raise ValueError(f"task: column {task!r} is empty in row {row}; drop or fill that row")
-        values = numeric(frame, [*inputs, target])
-        codes, labels = pd.factorize(frame[task])
+        check_columns(frame, task, inputs, target)
+        codes, labels = task_labels(frame[task], place)
+        values = numeric(frame, [*inputs, target], place)
+        cast = torch.as_tensor(values).to(dtype)
+        lost = (cast.double() != torch.as_tensor(values)) & (
+            ~cast.double().isfinite() | torch.tensor(not dtype.is_floating_point)
+        )
+        if bool(lost.any()):
+            row, column = lost.nonzero()[0].tolist()
+            raise ValueError(
+                f"dtype: {dtype} cannot hold {values[row, column]:g}, of column "
+                f"{[*inputs, target][column]!r} in {place(row)}; choose another, such as "
+                "torch.float64"
+            )
         order = np.argsort(codes, kind="stable")
         ends = np.cumsum(np.bincount(codes))[:-1]
         groups = np.split(values[order], ends)
@@ -177,14 +197,14 @@ class Tasks:
         ]
         tasks = cls.from_list(
             pairs,
-            names=[str(label) for label in labels],
+            names=labels,
             task_name=task,
             input_names=inputs,
             target_name=target,
         )
         ids = torch.full(tasks.mask.shape, -1, dtype=torch.long)
         ids[tasks.mask] = torch.as_tensor(order)
-        return replace(tasks, row_ids=ids)
+        return replace(tasks, row_ids=ids, first_line=first_line)
 
     @classmethod
     def from_csv(
@@ -196,12 +216,18 @@ class Tasks:
         target: str,
         dtype: torch.dtype = torch.float64,
     ) -> Tasks:
-        """`from_frame` on a CSV file; names of tasks are taken as they are written (007, NA)."""
-        frame = pd.read_csv(path)
-        if task in frame.columns:
-            names = pd.read_csv(path, usecols=[task], dtype=str, keep_default_na=False)[task]
-            frame[task] = names.where(names != "")
-        return cls.from_frame(frame, task=task, inputs=inputs, target=target, dtype=dtype)
+        """`from_frame` on a CSV file; names of tasks are taken as they are written (007, NA).
+
+        The file has commas, decimal points and a first line of column names, in UTF-8 (or with a
+        byte order mark of UTF-16); gzip may have packed it. Columns that are not named may hold
+        anything.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: no CSV file, or as `from_frame` does, with the line of the file.
+        """
+        frame, first_line = read_csv(path)
+        return cls._from_frame(frame, task, inputs, target, dtype, first_line)
 
     # -- looking ----------------------------------------------------------------------------------
 
@@ -235,6 +261,14 @@ class Tasks:
     def unsplit(self) -> Tasks:
         """The same rows with the split forgotten."""
         return replace(self, is_query=torch.zeros_like(self.is_query), is_split=False)
+
+    def place(self, task: int, row: int) -> str:
+        """Where a row is to be found, in words; all but lines of a file are counted from 0."""
+        assert self.row_ids is not None
+        where, name = int(self.row_ids[task, row]), self.names[task]
+        if self.first_line is not None:
+            return f"task {name!r}, line {where + self.first_line}"
+        return f"task {name!r}, row {row} of the task (row {where} of the data)"
 
     def require_rows(self, argument: str) -> None:
         """Raise a ValueError that names the first task without support rows, if there is one."""

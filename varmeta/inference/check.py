@@ -17,6 +17,7 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from varmeta.inference.base import Strategy
@@ -303,11 +304,11 @@ def _stats(info: Any, count: int) -> dict[str, Tensor]:
 
 
 def _rich(frame: pd.DataFrame, title: str) -> Table:
-    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left")
+    table = Table(title=Text(title), box=SIMPLE_HEAD, title_justify="left")
     for name in frame:
         table.add_column(str(name), justify="left" if name in _WORDS else "right")
     for row in frame.itertuples(index=False):
-        table.add_row(*(_cell(value) for value in row))
+        table.add_row(*(Text(_cell(value)) for value in row))  # a name is no markup
     return table
 
 

@@ -46,6 +46,7 @@ from varmeta.inference.soundness import (
 from varmeta.inference.stopping import Terminated, whole_steps
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
+from varmeta.models.support import finite_tasks
 from varmeta.posterior import TaskPosterior
 from varmeta.seeds import generator, generators
 from varmeta.shrinkage import MOST_MODULES, Shrinkage, find_shrinkage, scales_path
@@ -175,13 +176,23 @@ class Fit:
         return int(self.history["gradients"].iloc[-1]) if len(self.history) else 0
 
     def adapt(self, tasks: Tasks) -> TaskPosterior:
-        """The posterior of each task given all of its rows; pass `tasks.support` for the support.
+        """The posterior of each task given its rows, all of which are seen.
+
+        Of split tasks say which rows those are: `tasks.support`, so that the query rows stay unseen
+        and can be scored, or `tasks.unsplit`.
 
         Raises:
-            ValueError: a task without rows.
+            ValueError: tasks with query rows, a task without rows, or whose data do not fit the
+                model, see `Density.check_tasks`.
             NonFinitePosterior: naming the task.
         """
+        if bool(tasks.is_query.any()):
+            raise ValueError(
+                f"tasks has {int(tasks.is_query.sum())} query rows, which are held out: pass "
+                "tasks.support to leave them out, or tasks.unsplit to adapt to them too"
+            )
         tasks.require_rows("tasks")
+        self.density.check_tasks(tasks)
         posterior = self._ran.adapt(
             self.density, self.state, tasks.unsplit, _noise(self.density, self.seed, _ADAPT)
         )
@@ -289,8 +300,9 @@ def fit(
         on_step: called after each step.
 
     Raises:
-        ValueError: a task without support rows, a batch size out of range, a checkpoint of another
-            run: the message says in what it differs.
+        ValueError: a task without support rows, or whose data do not fit the model (see
+            `Density.check_tasks`; of a stream the first batch is looked at), a batch size out of
+            range, a checkpoint of another run: the message says in what it differs.
         NotWritten: the checkpoint cannot be written; found before the first step, save for a disk
             that fills up.
         BrokenFile: the checkpoint is none, or damaged.
@@ -303,7 +315,9 @@ def fit(
     path = Path(checkpoint) if checkpoint is not None else None
     if path is not None:
         require_writable(path, "checkpoint")
-    (tasks.batch(0) if isinstance(tasks, TaskSource) else tasks).require_rows("tasks")
+    seen = tasks.batch(0) if isinstance(tasks, TaskSource) else tasks
+    seen.require_rows("tasks")
+    density.check_tasks(finite_tasks(seen) if isinstance(tasks, TaskSource) else seen)
     training = strategy.prepare(tasks, seed)
     if batch_size is not None:
         if isinstance(training, TaskSource):

@@ -40,7 +40,7 @@ def reachability_gap(fit: Fit, *, draws: int = 256, seed: int = 0) -> Tensor:
             f"{fit.strategy.name} keeps nothing of a task but the prior it learned: every "
             "posterior is a fresh adaptation, and the gap is 0 by definition"
         )
-    fresh, kept = fit.adapt(fit.tasks), fit.posterior()
+    fresh, kept = fit.adapt(fit.tasks.unsplit), fit.posterior()
     with torch.no_grad():
         return _objective(fit, fresh, draws, seed) - _objective(fit, kept, draws, seed)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from varmeta.models.blame import is_own
+from varmeta.models.laws import tensors_in
 from varmeta.models.sites import reason
+from varmeta.models.support import check_targets, on_a_batch
 from varmeta.seeds import generator
 from varmeta.tasks import Tasks
 
@@ -18,11 +21,15 @@ if TYPE_CHECKING:
     from varmeta.models.density import Density
 
 _FLAT = {"round", "floor", "ceil", "trunc", "sign", "argmax", "argmin", "gt", "lt", "ge", "le"}
+_FEW = 8  # tasks whose data are changed, to see whether a prior follows
 _TRIES = 3  # draws at which a site may be silent by chance (a ReLU that is off)
 
 
 def check_model(density: Density, tasks: Tasks) -> None:
-    """Try the model on a batch: it must run, keep rows apart, and listen to every site."""
+    """Try the model on a batch: it must run, keep its priors and rows apart, and hear every site.
+
+    Its targets must be possible, too.
+    """
     sites = (*density.sites, *density.shared_sites)
     index = torch.cat([torch.full((s.size,), k) for k, s in enumerate(sites)])
     loc = torch.cat([density.prior_loc, density.shared_init])
@@ -31,15 +38,11 @@ def check_model(density: Density, tasks: Tasks) -> None:
 
     def rows(flat: Tensor, tasks: Tasks) -> Tensor:
         theta = flat[: density.dim].expand(len(tasks), -1)
-        try:
+        with on_a_batch():
             return density.log_likelihood(theta, tasks, flat[density.dim :])
-        except Exception as error:
-            raise ValueError(
-                f"model failed on a batch of tasks (torch.vmap): {reason(error)}. Replace "
-                "Python branches on values by torch.where, and draw random numbers with "
-                "pyro.sample only"
-            ) from error
 
+    _check_priors(density, tasks)
+    check_targets(density, tasks)
     like: Any = {"generator": noise, "dtype": loc.dtype, "device": loc.device}
     deaf = set(range(len(sites)))
     for _ in range(_TRIES):
@@ -69,6 +72,67 @@ def check_model(density: Density, tasks: Tasks) -> None:
         "parameters of a module to be learned, the module itself must be the model "
         "(with forward(x, y)), or be lifted by varmeta.models.network"
     )
+
+
+def _check_priors(density: Density, tasks: Tasks) -> None:
+    """A latent's prior is one for all tasks: it must not change with a task's data.
+
+    It is asked of data that are changed as well, since the tasks at hand may all be alike.
+    """
+    with on_a_batch():
+        here = _priors(density, tasks)
+    few = tasks.select(range(min(len(tasks), _FEW)))
+    before = _priors(density, few)
+    for what, changed in _changes(few):
+        try:
+            after = _priors(density, changed)
+        except Exception:  # the model is not made for such data
+            continue
+        _compare_priors(before, after, what)
+    first = {name: [t[:1].expand_as(t) for t in found] for name, found in here.items()}
+    _compare_priors(here, first, "the task")
+
+
+def _priors(density: Density, tasks: Tasks) -> dict[str, list[Tensor]]:
+    """By latent: the numbers that its prior is made of, `[T, ...]` each."""
+    names = [s.name for s in (*density.sites, *density.shared_sites) if s.prior is not None]
+
+    def one(x: Tensor, y: Tensor) -> dict[str, list[Tensor]]:
+        nodes = density._trace(density.prior_loc, density.shared_init, x, y).nodes
+        return {name: tensors_in(nodes[name]["fn"]) for name in names}
+
+    with torch.no_grad():
+        found: dict[str, list[Tensor]] = torch.vmap(one)(tasks.inputs, tasks.targets)
+    return found
+
+
+def _changes(tasks: Tasks) -> Iterator[tuple[str, Tasks]]:
+    """The tasks with other inputs, with other targets, and with one more row."""
+    for what, name in (("x", "inputs"), ("y", "targets")):
+        old = getattr(tasks, name)
+        noise = 0.2 * torch.rand(old.shape, generator=generator(0), dtype=torch.float32)
+        noise = noise.to(old.device)
+        if old.is_floating_point():  # the first keeps what is positive so, and what is 0
+            new = [old * (1 + noise).to(old), old + noise.to(old)]
+        else:
+            new = [(old + 1).to(old.dtype), old + (noise > 0.1).to(old.dtype)]
+        for changed in (*new, old.flip(0, 1)):
+            yield what, replace(tasks, **{name: changed})
+    yield "the number of rows", tasks._map(lambda t: torch.cat([t, t[:, :1]], dim=1))
+
+
+def _compare_priors(
+    here: dict[str, list[Tensor]], there: dict[str, list[Tensor]], what: str
+) -> None:
+    for name, mine in here.items():
+        pairs = zip(mine, there[name], strict=True)
+        if not all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
+            raise ValueError(
+                f"the prior of latent {name!r} changes with {what}; varmeta learns one Gaussian "
+                "prior over each latent for all tasks, so write a plain prior there and put the "
+                f"data into the likelihood's mean, such as {name} + slope * x[..., 0] with a "
+                "latent slope of its own"
+            )
 
 
 def _check_gradient(density: Density, tasks: Tasks, flat: Tensor) -> None:

@@ -27,6 +27,7 @@ from varmeta.models.sites import (
     reason,
     run,
 )
+from varmeta.models.support import check_targets, finite_tasks
 from varmeta.pickling import require_picklable
 from varmeta.process import ignoring, pyro_untouched, validation_off
 from varmeta.seeds import global_rng
@@ -75,7 +76,7 @@ class Density:
         if isinstance(shared, str):
             raise ValueError(f"shared must be a list of site names, got the string {shared!r}")
         self.digests = digests_of(model)  # now, since it may change what it reads when it runs
-        tasks = tasks.batch(0) if isinstance(tasks, TaskSource) else tasks
+        tasks = finite_tasks(tasks.batch(0)) if isinstance(tasks, TaskSource) else tasks
         first = tasks.select([0])
         x, y = first.inputs[0], first.targets[0]
         self.model = model
@@ -369,6 +370,15 @@ class Density:
     def _split(self, flat: Tensor, which: str) -> tuple[Tensor, ...]:
         sites = self.sites if which == "adapted" else self.shared_sites
         return torch.split(flat, [site.size for site in sites], dim=-1) if sites else ()
+
+    def check_tasks(self, tasks: Tasks) -> None:
+        """Raise a ValueError unless these tasks fit this density, every row's targets included.
+
+        Shapes, device and data type are those that the density was built for, inputs and targets
+        are finite, and each target lies in the support of its law; the error says where not.
+        """
+        self.check_data(tasks, self.shared_init)
+        check_targets(self, tasks)
 
     def check_data(self, tasks: Tasks, shared: Tensor, lead: Sequence[int] = ()) -> None:
         """Raise a ValueError unless tasks and φ fit this density and each other.

@@ -8,6 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution, Transform
+from torch.distributions.constraints import Constraint
+from torch.distributions.utils import lazy_property
+
+_KEPT = {"_cached_x_y", "_inv", "_validate_args", "_batch_shape", "_event_shape"}  # no numbers
 
 
 def law_parameters(law: Any) -> list[Tensor]:
@@ -49,6 +54,25 @@ def law_in(dtype: torch.dtype, law: Any) -> Any:
         return law_with(law, iter([value.to(dtype) for value in law_parameters(law)]))
     except (ValueError, TypeError, NotImplementedError):
         return law
+
+
+def tensors_in(part: Any) -> list[Tensor]:
+    """All numbers that a law, a transform or a constraint was made of, as tensors in a fixed order.
+
+    What is computed when it is first asked for is left out.
+    """
+    if isinstance(part, Tensor):
+        return [part]
+    if isinstance(part, (bool, int, float)):
+        return [torch.as_tensor(part)]
+    if isinstance(part, (list, tuple)):
+        return [tensor for one in part for tensor in tensors_in(one)]
+    if not isinstance(part, (Distribution, Transform, Constraint)):
+        return []
+    kinds = type(part).__mro__
+    lazy = {n for n in vars(part) if any(isinstance(vars(k).get(n), lazy_property) for k in kinds)}
+    names = [name for name in sorted(vars(part)) if name not in lazy | _KEPT]
+    return [tensor for name in names for tensor in tensors_in(vars(part)[name])]
 
 
 def _parameters(base: Any) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from varmeta.seeds import generator, global_rng
 
 Model = Callable[..., Any]
 _PRIOR_DRAWS = 4001
+_SIZE = "Take the size of the plate over rows from x, as pyro.plate('rows', x.shape[-2])"
 _COARSE = 1e-4  # relative width of a prior below which single precision does not resolve it
 
 
@@ -101,9 +102,10 @@ def probe(model: Model, x: Tensor, y: Tensor, seed: int = 0) -> Any:
         except Exception as error:
             if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
                 raise
+            said = reason(error)
             raise ValueError(
                 f"model failed on one task with x of shape {tuple(x.shape)} ({x.dtype}) and y of "
-                f"shape {tuple(y.shape)} ({y.dtype}): {reason(error)}"
+                f"shape {tuple(y.shape)} ({y.dtype}): {said}" + f". {_SIZE}" * ("plate(" in said)
             ) from error
 
 
@@ -168,7 +170,16 @@ def read_sites(
             sites that change from run to run, a likelihood without one value per row.
     """
     trace, again = probe(model, x, y, 0), probe(model, x, y, 1)
-    longer = probe(model, torch.cat([x, x[:1]]), torch.cat([y, y[:1]]), 0)
+    nameless = next((name for name in trace.nodes if not name.strip()), None)
+    if nameless is not None:
+        raise ValueError(f"model has a site with the name {nameless!r}; give it one that is shown")
+    try:
+        longer = probe(model, torch.cat([x, x[:1]]), torch.cat([y, y[:1]]), 0)
+    except ValueError as error:
+        raise ValueError(
+            f"model runs on a task of {len(y)} rows and not on one of {len(y) + 1}: "
+            f"{reason(error.__cause__)}. {_SIZE}"  # type: ignore[arg-type]
+        ) from error.__cause__
     observed = [
         name
         for name in trace.observation_nodes
@@ -241,12 +252,22 @@ def _check_latent(name: str, node: Any, longer: Any, rows: int) -> None:
 def _check_pointwise(trace: Any, observed: Sequence[str], rows: int) -> None:
     for name in observed:
         node = trace.nodes[name]
-        shape = tuple(node["fn"].log_prob(node["value"]).shape)
-        if not shape or shape[-1] != rows:
+        law, value = node["fn"], node["value"]  # whether the value can be is asked of all tasks
+        lead = value.shape[: value.dim() - law.event_dim]
+        try:
+            shape = tuple(torch.broadcast_shapes(law.batch_shape, lead))
+        except RuntimeError:
+            raise ValueError(
+                f"observed site {name!r} gets values of shape {tuple(value.shape)} for a law of "
+                f"batch shape {tuple(law.batch_shape)} and event shape {tuple(law.event_shape)}; "
+                f"wanted one value per row, a batch shape of ({rows},). {_SIZE}, and leave no "
+                "other plate around the observed site"
+            ) from None
+        if shape != (rows,):
             raise ValueError(
                 f"observed site {name!r} has a log-likelihood of shape {shape} for {rows} rows; "
-                f"wanted one value per row, shape ({rows},): put it in a plate over rows, with "
-                ".to_event(k) for targets of k dimensions"
+                f"wanted one value per row, shape ({rows},): put it in one plate over rows, "
+                "not within another plate, with .to_event(k) for targets of k dimensions"
             )
 
 
@@ -255,6 +276,12 @@ def _latent_site(name: str, node: Any, role: Any, like: Tensor) -> Site:
     transform = biject_to(fn.support)
     value = node["value"].detach()
     loc, scale = _location_and_scale(fn, transform, value)
+    if not bool((loc.isfinite() & scale.isfinite() & (scale > 0)).all()):
+        raise ValueError(
+            f"the prior of latent {name!r} has no finite location and positive, finite spread (on "
+            f"the unconstrained scale {_extreme(loc)} and {_extreme(scale)}); learning starts "
+            "there, so write a proper prior, such as Normal(0, 10)"
+        )
     return Site(
         name,
         role,
@@ -266,6 +293,13 @@ def _latent_site(name: str, node: Any, role: Any, like: Tensor) -> Site:
         loc.to(dtype=_float_type(like), device=like.device).flatten(),
         scale.to(dtype=_float_type(like), device=like.device).flatten(),
     )
+
+
+def _extreme(values: Tensor) -> float:
+    """The entry that is no finite positive number, or else the first."""
+    flat = values.flatten()
+    bad = ~flat.isfinite() | (flat <= 0)
+    return float(flat[bad][0] if bool(bad.any()) else flat[0])
 
 
 def _param_site(name: str, value: Tensor, like: Tensor, support: Any, owned: str | None) -> Site:
