@@ -18,7 +18,7 @@ import xarray as xr
 from torch import Tensor
 
 from varmeta.inference.base import Strategy
-from varmeta.inference.fit import Fit
+from varmeta.inference.fitted import Fit
 from varmeta.inference.joint import JointVariational
 from varmeta.inference.nuts import PyroNUTS
 from varmeta.models.density import Density

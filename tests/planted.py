@@ -19,7 +19,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from varmeta.inference.base import State
-from varmeta.inference.fit import Fit
+from varmeta.inference.fitted import Fit
 from varmeta.inference.imaml import IMAML
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior

@@ -25,7 +25,7 @@ from torch import Tensor
 from varmeta import Density, GaussianPrior, JointVariational, NonFiniteLoss, Reset, Tasks, fit
 from varmeta.inference import nuts
 from varmeta.inference.base import Batch, StepInfo, Strategy
-from varmeta.inference.fit import _STEP, _noise
+from varmeta.inference.fitted import STEP, noise_of
 from varmeta.models.programs import Linearised, Programs
 from varmeta.seeds import generators
 
@@ -118,7 +118,7 @@ class Run:
         training = asked.prepare(TASKS, 0)
         assert isinstance(training, Tasks)
         self.evaluations, self.strategy = evaluations, asked.settled(DENSITY, whole=True)
-        self.state = self.strategy.init(DENSITY, PRIOR, training, _noise(DENSITY, 0, 3))
+        self.state = self.strategy.init(DENSITY, PRIOR, training, noise_of(DENSITY, 0, 3))
         self.batch = Batch(training, torch.arange(len(training)), len(training))
 
     @property
@@ -126,7 +126,7 @@ class Run:
         return self.state.step >= self.strategy.num_steps or bool(self.state.arrived)
 
     def attempt(self) -> None:
-        noise = next(generators(0, _STEP, first=self.state.step))
+        noise = next(generators(0, STEP, first=self.state.step))
         self.strategy.step(DENSITY, self.state, self.batch, noise)
 
     def step(self) -> int:

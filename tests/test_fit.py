@@ -19,7 +19,8 @@ from torch import Tensor
 
 from varmeta.inference import fit as fit_module
 from varmeta.inference.base import NonFiniteLoss, State, StepInfo
-from varmeta.inference.fit import Fit, fit
+from varmeta.inference.fit import fit
+from varmeta.inference.fitted import Fit
 from varmeta.inference.imaml import IMAML
 from varmeta.inference.joint import JointVariational
 from varmeta.inference.minimise import GradientDescent

@@ -25,7 +25,8 @@ from torch import Tensor
 from varmeta.inference.base import Batch, State
 from varmeta.inference.energy import TaskEnergy
 from varmeta.inference.families import GaussianQ
-from varmeta.inference.fit import Fit, fit
+from varmeta.inference.fit import fit
+from varmeta.inference.fitted import Fit
 from varmeta.inference.free_energy import cubature, free_energy
 from varmeta.inference.joint import JointVariational
 from varmeta.inference.resets import Reset

@@ -26,7 +26,8 @@ from torch import Tensor
 
 from varmeta.inference import nuts, nuts_kernel
 from varmeta.inference.base import Batch, StepInfo
-from varmeta.inference.fit import Fit, fit
+from varmeta.inference.fit import fit
+from varmeta.inference.fitted import Fit
 from varmeta.inference.nuts import PyroNUTS
 from varmeta.models import Density, GaussianPrior, Hyperprior, capture
 from varmeta.seeds import generator

@@ -12,7 +12,8 @@ from linear_gaussian import LinearGaussian
 from scipy.optimize import minimize
 from torch import Tensor
 
-from varmeta.inference.fit import Fit, fit
+from varmeta.inference.fit import fit
+from varmeta.inference.fitted import Fit
 from varmeta.inference.minimise import GradientDescent
 from varmeta.inference.pooling import CompletePooling, NoPooling
 from varmeta.models.density import Density

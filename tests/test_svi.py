@@ -26,7 +26,8 @@ from pyro.infer.autoguide import (
 from torch import Tensor
 
 from varmeta.inference.base import Batch, Meta, StepInfo
-from varmeta.inference.fit import Fit, fit
+from varmeta.inference.fit import fit
+from varmeta.inference.fitted import Fit
 from varmeta.inference.svi import PyroSVI, _guide
 from varmeta.inference.svi_model import global_sites, model_in_units
 from varmeta.models import GaussianPrior, Hyperprior

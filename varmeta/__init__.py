@@ -35,7 +35,8 @@ from varmeta.inference.connectivity import ModePath, mode_path
 from varmeta.inference.descent import SGD, Langevin, RandomDescent, RandomRestarts
 from varmeta.inference.estimators import BismutElworthyLi, Pathwise, Score
 from varmeta.inference.evolution import EvolutionStrategies, PersistentES
-from varmeta.inference.fit import Fit, fit
+from varmeta.inference.fit import fit
+from varmeta.inference.fitted import Fit
 from varmeta.inference.flow import GradientFlow
 from varmeta.inference.gated import CurvatureGated
 from varmeta.inference.gated_path import GatedPathwise

@@ -18,7 +18,8 @@ from varmeta.failures import Attempt, Failures
 from varmeta.files import load
 from varmeta.fingerprint import fingerprint
 from varmeta.inference.base import Strategy
-from varmeta.inference.fit import Fit, fit
+from varmeta.inference.fit import fit
+from varmeta.inference.fitted import Fit
 from varmeta.inference.nuts import PyroNUTS
 from varmeta.inference.reachability import reachability_gap
 from varmeta.kept import PARTS, Kept, part_file

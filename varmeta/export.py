@@ -13,7 +13,7 @@ from torch import Tensor
 
 from varmeta.files import BrokenFile, why
 from varmeta.inference.diagnostics import by_task
-from varmeta.inference.fit import Fit
+from varmeta.inference.fitted import Fit
 from varmeta.inference.nuts import PyroNUTS
 from varmeta.inference.soundness import check_posterior
 from varmeta.models.density import Density

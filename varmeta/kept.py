@@ -12,7 +12,7 @@ from torch import Tensor
 from varmeta.digest import digest
 from varmeta.files import BrokenFile, load
 from varmeta.files import packed as as_file
-from varmeta.inference.fit import Fit
+from varmeta.inference.fitted import Fit
 from varmeta.models.density import Density
 from varmeta.posterior import Delta, Draws, Gaussian, TaskPosterior
 from varmeta.runs import RunFolder

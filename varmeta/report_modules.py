@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
 from varmeta.comparison import Comparison
-from varmeta.inference.fit import Fit
+from varmeta.inference.fitted import Fit
 from varmeta.report_style import (
     BAND,
     COLOURS,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from varmeta.importance import MIN_DRAWS, evidence
 from varmeta.inference.diagnostics import undetermined_of
-from varmeta.inference.fit import Fit
+from varmeta.inference.fitted import Fit
 from varmeta.posterior import Gaussian, TaskPosterior
 from varmeta.seeds import generator
 from varmeta.tasks import Tasks

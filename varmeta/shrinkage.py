@@ -29,7 +29,7 @@ from varmeta.posterior import TaskPosterior
 from varmeta.tasks import Tasks, TaskSource
 
 if TYPE_CHECKING:
-    from varmeta.inference.fit import Fit
+    from varmeta.inference.fitted import Fit
 
 MOST_MODULES = 1000  # that are looked at one by one
 _WIDTH = 110

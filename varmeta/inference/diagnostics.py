@@ -18,7 +18,7 @@ from varmeta.models.prior import GaussianPrior
 from varmeta.tasks import Tasks, TaskSource
 
 if TYPE_CHECKING:
-    from varmeta.inference.fit import Fit
+    from varmeta.inference.fitted import Fit
 
 _COLLAPSED = 0.01  # of the scale at the start, where the evidence is not asked
 _log = logging.getLogger("varmeta")

@@ -33,7 +33,7 @@ from varmeta.inference.borders import FIXED, MOVING, Borders, find_borders
 from varmeta.inference.chain import Chain
 from varmeta.inference.descent import Langevin, RandomDescent
 from varmeta.inference.estimators import BismutElworthyLi, others_mean, standard_error
-from varmeta.inference.fit import Fit
+from varmeta.inference.fitted import Fit
 from varmeta.inference.linear import CG, LinearSolver
 from varmeta.inference.minimise import Minimiser
 from varmeta.inference.partition import (

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from varmeta.inference.families import GaussianQ
-from varmeta.inference.fit import Fit
+from varmeta.inference.fitted import Fit
 from varmeta.inference.free_energy import free_energy
 from varmeta.posterior import Gaussian, TaskPosterior
 from varmeta.seeds import generator

@@ -17,7 +17,7 @@ from varmeta.posterior import Draws, TaskPosterior
 from varmeta.tasks import Tasks, TaskSource
 
 if TYPE_CHECKING:
-    from varmeta.inference.fit import Fit
+    from varmeta.inference.fitted import Fit
 
 _FAR = 100.0  # nats a row below the start of learning: worse than any outlier of a sane posterior
 _PER_COORDINATE = 50.0  # nats
