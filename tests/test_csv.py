@@ -29,7 +29,7 @@ def read(tmp_path: Path, text: str | bytes, **changes: Any) -> Tasks:
         GOOD.encode("utf-8-sig"),
         GOOD.encode("utf-16"),
         GOOD.encode("utf-32"),
-        gzip.compress(GOOD.encode()),
+        gzip.compress(GOOD.encode(), mtime=0),
         GOOD.replace("\n", "\r\n"),
         GOOD.replace("\n", "\r"),
         GOOD.replace(",", " , "),

@@ -220,7 +220,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     run(checkpoint=path)
     other = case_of(LinearGaussian.random(1, dim=2))
-    with pytest.raises(ValueError, match=r"another run; it differs in .*the model's dim"):
+    with pytest.raises(ValueError, match=r"another run; it differs in .*the latent 'theta'"):
         fit(JOINT, other.density, other.tasks, checkpoint=path)
 
 
