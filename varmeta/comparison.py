@@ -336,12 +336,12 @@ def _write(comparison: Comparison, run: RunFolder, failed: Failures) -> None:
 
     # As many draws a chain as NUTS has: common plots of ArviZ 1.x leave out fits that have fewer.
     truth = comparison.outcomes[comparison.reference].fit.strategy if comparison.reference else None
-    draws = truth.draws if isinstance(truth, PyroNUTS) else 500
+    draws = truth.draws if isinstance(truth, PyroNUTS) else None
     _write_table(comparison, run)  # first: it is what took the time
     modules = []
     for name, outcome in comparison.outcomes.items():
         with failed.catching(name, "ArviZ file"):
-            data = to_arviz(outcome.fit, posterior=outcome.known, draws=draws)
+            data = to_arviz(outcome.fit, posterior=outcome.known, draws=draws, single=True)
             run.write(f"{run.file_name(name)}.nc", netcdf(data))
         if len(outcome.fit.prior.modules) <= MOST_MODULES:
             with failed.catching(name, "shrinkage"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from varmeta import parts
 from varmeta.files import BrokenFile, why
 from varmeta.inference.diagnostics import by_task
 from varmeta.inference.fitted import Fit
@@ -31,6 +32,8 @@ Variables = dict[str, Variable]
 _SAMPLE, _PRIOR, _PREDICT = range(3)  # streams of the export's seed
 _DRAW = ("chain", "draw")
 _HDF5 = b"\x89HDF\r\n\x1a\n"
+_DRAWS, _FEWEST_DRAWS = 500, 100
+_NUMBERS = 50_000_000  # of a default export: 200 MB in single precision
 _RESERVED = {*_DRAW, "module", "task", "row", "input", "task_of_row", "row_id"}
 
 
@@ -39,8 +42,11 @@ def to_arviz(
     tasks: Tasks | None = None,
     *,
     posterior: TaskPosterior | None = None,
-    draws: int = 500,
+    draws: int | None = None,
     seed: int = 0,
+    predictive: bool = True,
+    log_likelihood: bool = True,
+    single: bool = False,
 ) -> Any:
     """A fit and its tasks as ArviZ data, for `az.summary`, `az.plot_forest`, `az.loo` and so on.
 
@@ -82,10 +88,17 @@ def to_arviz(
             tasks with all of their rows.
         posterior: the posterior of these tasks, if you have it already: `fit.posterior()`, or
             `fit.adapt(tasks.support)`.
-        draws: how many, in one chain. Draws that the strategy made itself are all kept, chain by
-            chain, for `PyroNUTS`; there are no more of them than it made for others. (ArviZ 1.x
-            leaves a fit with fewer draws per chain than another out of their common plot.)
+        draws: how many, in one chain; None for 500, or where there are so many tasks and rows that
+            these were more than 50 million numbers for as many as are, but at least 100. Draws that
+            the strategy made itself are all kept, chain by chain, for `PyroNUTS`; there are no more
+            of them than it made for others. (ArviZ 1.x leaves a fit with fewer draws per chain than
+            another out of their common plot.)
         seed: of the draws; the same seed gives the same values.
+        predictive: whether to have the group `posterior_predictive`, a number per row and draw.
+        log_likelihood: whether to have the group `log_likelihood`, as many.
+        single: store draws in single precision, half as large, save for those of a variable whose
+            spread is less than a thousand times the rounding, and for `log_p` and `log_q`, of which
+            the difference counts. So `compare` does in its files.
 
     Returns:
         `arviz.InferenceData` with ArviZ 0.x, `xarray.DataTree` with ArviZ 1.x. A `/` in a name,
@@ -96,7 +109,7 @@ def to_arviz(
             with the name of a dimension or of another variable.
         NonFinitePosterior: naming the task.
     """
-    if draws < 1:
+    if draws is not None and draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
     if tasks is None and isinstance(fit.tasks, TaskSource):
         raise ValueError("a stream's tasks are not kept; give to_arviz the tasks to adapt to")
@@ -111,8 +124,14 @@ def to_arviz(
         )
     check_posterior(fit.strategy.name, posterior)
     trained = tasks is None or tasks is fit.tasks
+    wanted = {"posterior_predictive": predictive, "log_likelihood": log_likelihood}
+    if draws is None:
+        draws = _default_draws(posterior, rows, sum(wanted.values()))
     with torch.no_grad():
-        groups = _groups(fit, rows, posterior, trained, draws, seed)
+        groups = _groups(fit, rows, posterior, trained, draws, seed, wanted)
+        if single:
+            for name in {"posterior", "prior", *wanted} & set(groups):
+                groups[name] = {n: (dims, _single(v)) for n, (dims, v) in groups[name].items()}
         query = tasks.query if tasks is not None and bool(tasks.is_query.any()) else None
         groups["shrinkage"] = _shrinkage(fit, rows, posterior, query)
     names = np.array(rows.names)
@@ -184,7 +203,13 @@ def from_netcdf(path: str | PathLike[str]) -> Any:
 
 
 def _groups(
-    fit: Fit, rows: Tasks, posterior: TaskPosterior, trained: bool, draws: int, seed: int
+    fit: Fit,
+    rows: Tasks,
+    posterior: TaskPosterior,
+    trained: bool,
+    draws: int,
+    seed: int,
+    wanted: Mapping[str, bool],
 ) -> dict[str, Variables]:
     density, device = fit.density, fit.prior.loc.device
     nuts, chains = isinstance(fit.strategy, PyroNUTS), 1
@@ -208,25 +233,60 @@ def _groups(
         drawn |= hyper
         stats |= _drawn({"diverging": fit.state.tensors["diverging"]}, chains=chains)
 
-    predicted = density.predict(theta, rows, generator(seed, _PREDICT, device=device), shared)
     target = density.observed[0] if len(density.observed) == 1 else rows.target_name
-    nats = density.log_likelihood(theta, rows, shared)
-    log_likelihood = {target: nats[:, rows.mask]}
+    predicted, nats = dict[str, Tensor](), dict[str, Tensor]()
+    if wanted["posterior_predictive"]:
+        noise = generator(seed, _PREDICT, device=device)
+        predicted = _by_row(parts.predict(density, theta, rows, noise, shared), rows)
+    if wanted["log_likelihood"]:
+        each = parts.log_likelihood(density, theta, rows, shared)
+        nats = _by_row(((part, {target: value}) for part, value in each), rows)
     if isinstance(posterior, Gaussian):
-        log_p = nats.sum(-1) + fit.prior.log_prob(theta)
+        summed = parts.total_log_likelihood(density, theta, rows, shared)
+        log_p = summed + fit.prior.log_prob(theta)
         weights = {"log_p": log_p, "log_q": posterior.log_prob(theta)}
         stats |= _drawn(weights, "task", chains=chains)
     return {
         "posterior": drawn,
         "prior": learned,
-        "posterior_predictive": _drawn(
-            {name: value[:, rows.mask] for name, value in predicted.items()}, "row", chains=chains
-        ),
-        "log_likelihood": _drawn(log_likelihood, "row", chains=chains),
+        "posterior_predictive": _drawn(predicted, "row", chains=chains),
+        "log_likelihood": _drawn(nats, "row", chains=chains),
         "observed_data": {target: _variable(target, rows.targets[rows.mask], "row")},
         "constant_data": constant,
         "sample_stats": stats,
     }
+
+
+def _default_draws(posterior: TaskPosterior, rows: Tasks, by_row: int) -> int:
+    """500, or fewer where the file would be large."""
+    targets = rows.targets[0, 0].numel()
+    numbers = len(rows) * (posterior.density.dim + 2) + by_row * int(rows.mask.sum()) * targets
+    return min(_DRAWS, max(_FEWEST_DRAWS, _NUMBERS // numbers))
+
+
+def _by_row(
+    values: Iterable[tuple[parts.Part, Mapping[str, Tensor]]], rows: Tasks
+) -> dict[str, Tensor]:
+    """`[S, t, n, ...]` of parts, as `[S, rows, ...]` of the rows that exist, task after task."""
+    place = rows.mask.flatten().cumsum(0).reshape(rows.mask.shape) - 1
+    out: dict[str, Tensor] = {}
+    for part, found in values:
+        where = place[part.places]
+        for name, value in found.items():
+            shape = (len(value), int(rows.mask.sum()), *value.shape[3:])
+            out.setdefault(name, value.new_empty(shape))[:, where] = value[:, part.tasks.mask]
+    return out
+
+
+def _single(values: np.ndarray) -> np.ndarray:
+    """`[chain, draw, ...]` in single precision, unless rounding would show in its spread."""
+    if values.dtype != np.float64:
+        return values
+    low, high = values.min((0, 1)), values.max((0, 1))
+    size = np.maximum(np.abs(low), np.abs(high))
+    seen = size * np.finfo(np.float32).eps > 1e-3 * values.std((0, 1))
+    seen &= low < high  # the spread of a constant is rounding
+    return values if seen.any() or not np.isfinite(size).all() else values.astype(np.float32)
 
 
 def _prior(

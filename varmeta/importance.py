@@ -20,6 +20,7 @@ k is below 0.7: such rows get draws of their own (`matching.py`).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -28,10 +29,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from varmeta import parts
 from varmeta.inference.determined import undetermined
 from varmeta.matching import evidence_without
 from varmeta.models.prior import GaussianPrior
-from varmeta.posterior import Gaussian, TaskPosterior
+from varmeta.posterior import Block, Gaussian, TaskPosterior
 from varmeta.seeds import generator
 from varmeta.tasks import Tasks
 
@@ -153,18 +155,13 @@ def evidence(
         >>> bool((result.pareto_k < 0.7).all())  # Laplace's q is the exact posterior here
         True
     """
-    _, log_p, log_q = _densities(posterior, prior, tasks, draws, seed)
-    log_w = log_p - log_q
-    smoothed, k = smooth(log_w.T)
-    raw, total = np.logaddexp.reduce(log_w), np.logaddexp.reduce(smoothed, axis=1)
-    with np.errstate(invalid="ignore"):  # no weight at all: −inf − (−inf)
-        ess = 1 / (np.exp(smoothed - total[:, None]) ** 2).sum(1)
+    found = [_summary(log_w) for _, log_w in _weights(posterior, prior, tasks, draws, seed)]
+    numbers = [torch.from_numpy(np.concatenate(each)) for each in zip(*found, strict=True)]
+    log_evidence, psis, elbo, k, ess = numbers
     phi = posterior.shared if posterior.shared.dim() == 1 else posterior.shared.mean((0, 1))
     loose = undetermined(posterior.density, prior, phi, tasks, posterior.mean) or []
     named = tuple(scale.module for scale in loose)
-    t, log_s, elbo = torch.from_numpy, math.log(draws), log_w.mean(0)
-    numbers = (t(raw - log_s), t(total - log_s), t(elbo), t(k), t(ess))
-    return Evidence(posterior.names, *numbers, draws, named)
+    return Evidence(posterior.names, log_evidence, psis, elbo, k, ess, draws, named)
 
 
 def loo(
@@ -200,19 +197,27 @@ def loo(
     Raises:
         ValueError: as of `evidence`.
     """
-    rows, log_p, log_q = _densities(posterior, prior, tasks, draws, seed)
     mask = tasks.mask.cpu().numpy()
-    owner, each = mask.nonzero()[0], rows[:, mask].T  # [rows], [rows, S]
-    log_w, k = smooth((log_p - log_q).T[owner] - each)
-    total = np.logaddexp.reduce(log_w, axis=1)
-    elpd = np.logaddexp.reduce(log_w + each, axis=1) - total
-    hard = k > _EASY
-    if moment_match and hard.any():
-        source = posterior.sample(draws, generator(seed, 0, device=prior.loc.device))
-        where = tasks.mask.nonzero()[torch.as_tensor(hard, device=tasks.mask.device)]
-        without, k[hard] = evidence_without(smooth, posterior, prior, tasks, source, where, _EASY)
-        whole = np.logaddexp.reduce(smooth((log_p - log_q).T)[0], axis=1) - math.log(draws)
-        elpd[hard] = whole[owner[hard]] - without
+    elpds, ks = np.zeros(mask.shape), np.zeros(mask.shape)
+    for block, log_w in _weights(posterior, prior, tasks, draws, seed):
+        some = parts.tasks_at(tasks, block.tasks)
+        elpd, k = elpds[block.tasks], ks[block.tasks]  # views
+        drawn = block.theta, some, block.shared
+        for part, nats in parts.log_likelihood(posterior.density, *drawn):
+            each = nats[:, part.tasks.mask].double().cpu().numpy().T  # [rows, S]
+            task, column = (place.cpu().numpy() for place in part.places)
+            left, k[task, column] = smooth(log_w[task] - each)
+            elpd[task, column] = _log_sum(left + each) - _log_sum(left)
+        hard = k > _EASY
+        if moment_match and hard.any():
+            where = torch.as_tensor(hard, device=tasks.mask.device).nonzero()
+            source = block.theta, block.shared
+            whole = _log_sum(smooth(log_w)[0]) - math.log(draws)
+            without, k[hard] = evidence_without(
+                smooth, block.posterior, prior, some, source, where, _EASY
+            )
+            elpd[hard] = whole[hard.nonzero()[0]] - without
+    owner, elpd, k = mask.nonzero()[0], elpds[mask], ks[mask]
     ids = tasks.row_ids.cpu().numpy()[mask]  # type: ignore[union-attr]
     columns = {"task": np.array(tasks.names)[owner], "row": ids, "elpd": elpd, "pareto_k": k}
     se = float((len(elpd) * elpd.var()) ** 0.5)
@@ -264,10 +269,13 @@ def _psislw(log_w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return tuple(psislw(log_w))
 
 
-def _densities(
+def _weights(
     posterior: TaskPosterior, prior: GaussianPrior, tasks: Tasks, draws: int, seed: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of draws from q_i: log p(y_n | θ, φ) `[S, T, N]`, log p(y_i, θ) and log q_i(θ) `[S, T]`."""
+) -> Iterator[tuple[Block, np.ndarray]]:
+    """Draws from q_i of some tasks at a time, and their log w_s `[t, S]`, as precise as the model.
+
+    In float64, each task's draws together.
+    """
     if not isinstance(posterior, Gaussian):
         raise ValueError(
             f"a {posterior.kind} posterior has no density to weigh its draws by; use a strategy "
@@ -279,12 +287,29 @@ def _densities(
         raise ValueError(f"posterior is of {got}, ..., the tasks are {wanted}, ...; pass their own")
     if draws < MIN_DRAWS:
         raise ValueError(f"draws must be at least {MIN_DRAWS}, got {draws}")
-    with torch.no_grad():
-        theta, shared = posterior.sample(draws, generator(seed, 0, device=prior.loc.device))
-        rows = posterior.density.log_likelihood(theta, tasks, shared)
-        values = (rows, rows.sum(-1) + prior.log_prob(theta), posterior.log_prob(theta))
-    nats, log_p, log_q = (value.double().cpu().numpy() for value in values)
-    return nats, log_p, log_q
+    for block in posterior.blocks(draws, generator(seed, 0, device=prior.loc.device)):
+        some, theta = parts.tasks_at(tasks, block.tasks), block.theta
+        with torch.no_grad():
+            rows = parts.total_log_likelihood(posterior.density, theta, some, block.shared)
+            log_p = (rows + prior.log_prob(theta)).double()
+            log_w = log_p - block.posterior.log_prob(theta).double()
+        yield block, log_w.T.contiguous().cpu().numpy()
+
+
+def _summary(log_w: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Of weights `[t, S]`: log mean, the same smoothed, mean of the logarithms, k and ess."""
+    smoothed, k = smooth(log_w)
+    raw, total = _log_sum(log_w), _log_sum(smoothed)
+    with np.errstate(invalid="ignore"):  # no weight at all: −inf − (−inf)
+        ess = 1 / (np.exp(smoothed - total[:, None]) ** 2).sum(1)
+    log_s = math.log(log_w.shape[1])
+    return raw - log_s, total - log_s, log_w.mean(1), k, ess
+
+
+def _log_sum(log_w: np.ndarray) -> np.ndarray:
+    """`[R, S]` to `[R]`; a tenth of the time of NumPy's."""
+    out: np.ndarray = torch.from_numpy(log_w).logsumexp(1).numpy()
+    return out
 
 
 def _verdict(k: float, draws: int) -> str:

@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from varmeta import parts
 from varmeta.models.density import Density
 from varmeta.seeds import global_rng
 from varmeta.tasks import Tasks
 
-_ROWS_AT_ONCE = 1_000_000
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Draws of some of a posterior's tasks.
+
+    Attributes:
+        tasks: which of the T tasks these t are.
+        posterior: of these.
+        theta: `[S, t, D]`.
+        shared: φ, `[P]` or `[S, t, P]`.
+    """
+
+    tasks: slice
+    posterior: TaskPosterior
+    theta: Tensor
+    shared: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +63,8 @@ class TaskPosterior(ABC):
         """`[T, D]`, unconstrained; 0 for a delta."""
 
     @abstractmethod
-    def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """`count` draws of θ `[count, T, D]` with φ, `[P]` or `[count, T, P]`."""
+    def _draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """What `sample` returns, all at once."""
 
     @abstractmethod
     def log_prob(self, theta: Tensor) -> Tensor:
@@ -58,26 +74,75 @@ class TaskPosterior(ABC):
             ValueError: the posterior has no density (a delta, or draws).
         """
 
+    def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """`count` draws of θ `[count, T, D]` with φ, `[P]` or `[count, T, P]`."""
+        drawn = list(self.blocks(count, generator))
+        theta = torch.cat([block.theta for block in drawn], 1)
+        if self.shared.dim() == 1:
+            return theta, self.shared
+        return theta, torch.cat([block.shared for block in drawn], 1)
+
+    def blocks(self, count: int, generator: torch.Generator) -> Iterator[Block]:
+        """The draws of `sample`, some tasks after the others, so that they need not be held.
+
+        So many tasks at once as have four million numbers (`varmeta.parts`), one at least.
+        """
+        ready, numbers = self._prepared(count, generator), count * self.density.dim
+        for some in parts.slices(len(self.names), numbers, parts.LARGEST):
+            part = ready.select(range(some.start, some.stop))
+            yield Block(some, part, *part._draw(count, generator))
+
+    def select(self, index: Tensor | Sequence[int]) -> Self:
+        """The posterior of the tasks at these positions (or where a bool is True)."""
+        places = torch.as_tensor(index, device=self.shared.device)
+        if places.dtype == torch.bool:
+            places = places.nonzero()[:, 0]
+        return replace(self, **self._taken(places.long()))
+
     def log_predictive(self, tasks: Tasks, count: int, generator: torch.Generator) -> Tensor:
         """log p(y_n | posterior) of every row, nats: `[T, N]`, averaged over `count` draws.
 
-        0 where a row is padding. So many draws at once as give a million rows.
+        0 where a row is padding. Memory is bounded by `varmeta.parts`.
         """
-        theta, shared = self.sample(count, generator)
-        at_once = max(1, _ROWS_AT_ONCE // max(1, tasks.mask.numel()))
-        total = theta.new_full(tasks.mask.shape, -torch.inf)
+        total = torch.zeros(tasks.mask.shape, dtype=self.mean.dtype, device=tasks.mask.device)
         with torch.no_grad():
-            for first in range(0, len(theta), at_once):
-                some = slice(first, first + at_once)
-                phi = shared[some] if shared.dim() > 1 else shared
-                rows = self.density.log_likelihood(theta[some], tasks, phi)
-                total = torch.logaddexp(total, rows.logsumexp(0))
-        return total - math.log(len(theta))
+            for block in self.blocks(count, generator):
+                some = parts.tasks_at(tasks, block.tasks)
+                drawn = block.theta, some, block.shared
+                for part, nats in parts.log_likelihood(self.density, *drawn):
+                    part.put(total[block.tasks], nats.logsumexp(0) - math.log(len(nats)))
+        return total
 
     def predict(self, tasks: Tasks, count: int, generator: torch.Generator) -> dict[str, Tensor]:
         """`count` draws of the targets: `{observed site: [count, T, N, *target_shape]}`."""
         theta, shared = self.sample(count, generator)
         return self.density.predict(theta, tasks, generator, shared)
+
+    def predictions(
+        self, tasks: Tasks, count: int, generator: torch.Generator
+    ) -> Iterator[tuple[Tasks, dict[str, Tensor]]]:
+        """`predict`, some rows of some tasks at a time: these, and the draws of their targets.
+
+        Memory is bounded by `varmeta.parts`. Where that holds all of them, they are those of
+        `predict`; beyond, other ones of the same law.
+        """
+        for block in self.blocks(count, generator):
+            some = parts.tasks_at(tasks, block.tasks)
+            drawn = block.theta, some, generator, block.shared
+            for part, values in parts.predict(self.density, *drawn):
+                yield part.tasks, values
+
+    def _prepared(self, count: int, generator: torch.Generator) -> TaskPosterior:
+        """Of which all tasks' draws are made, after what is drawn for all of them together."""
+        return self
+
+    def _taken(self, index: Tensor) -> dict[str, Any]:
+        """The fields of `select`."""
+        return {
+            "names": tuple(self.names[i] for i in index.tolist()),
+            "shared": self.shared if self.shared.dim() == 1 else self.shared[:, index],
+            "stats": {name: value[index] for name, value in self.stats.items()},
+        }
 
     def _no_density(self) -> ValueError:
         return ValueError(f"a {self.kind} posterior has no density; use sample, mean or sd")
@@ -101,8 +166,7 @@ class Delta(TaskPosterior):
         """`[T, D]`, zeros."""
         return torch.zeros_like(self.loc)
 
-    def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """`count` copies of the point."""
+    def _draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         return self.loc.expand(count, *self.loc.shape), self.shared
 
     def log_predictive(self, tasks: Tasks, count: int, generator: torch.Generator) -> Tensor:
@@ -112,6 +176,9 @@ class Delta(TaskPosterior):
     def log_prob(self, theta: Tensor) -> Tensor:
         """Raises: a delta has no density."""
         raise self._no_density()
+
+    def _taken(self, index: Tensor) -> dict[str, Any]:
+        return {**super()._taken(index), "loc": self.loc[index]}
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,15 +224,37 @@ class Gaussian(TaskPosterior):
             return torch.distributions.Independent(normal, 1)
         return torch.distributions.LowRankMultivariateNormal(self.loc, self.factor, self.scale**2)
 
-    def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Independent draws."""
-        with global_rng(generator):
-            return self.law.sample((count,)), self.shared
+    def _draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        def noise(like: Tensor) -> Tensor:
+            shape = (count, *like.shape)
+            return torch.randn(shape, dtype=like.dtype, device=like.device)
+
+        loc, scale, factor = self.loc, self.scale, self.factor
+        with global_rng(generator), torch.no_grad():  # the numbers that `law.sample` draws
+            if scale.dim() == 3:
+                spread = torch.einsum("tdk,stk->std", scale, noise(loc))
+            elif factor is None:
+                spread = noise(loc).mul_(scale)
+            else:
+                spread = torch.einsum("tdr,str->std", factor, noise(factor[:, 0]))
+                spread = spread + noise(loc).mul_(scale)
+        return spread.add_(loc).contiguous(), self.shared
 
     def log_prob(self, theta: Tensor) -> Tensor:
         """log N(θ_i; loc_i, S_i), nats: `[..., T, D]` to `[..., T]`."""
-        out: Tensor = self.law.log_prob(theta)
-        return out
+        if self.scale.dim() < 3:
+            out: Tensor = self.law.log_prob(theta)
+            return out
+        offset = (theta - self.loc).reshape(-1, *self.loc.shape).permute(1, 2, 0)  # draws together
+        white = torch.linalg.solve_triangular(self.scale, offset, upper=False)
+        volume = self.scale.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        constant = 0.5 * self.loc.shape[-1] * math.log(2 * math.pi)
+        nats = -0.5 * white.square().sum(1).T - volume - constant
+        return nats.reshape(theta.shape[:-1])
+
+    def _taken(self, index: Tensor) -> dict[str, Any]:
+        taken = {**super()._taken(index), "loc": self.loc[index], "scale": self.scale[index]}
+        return taken if self.factor is None else {**taken, "factor": self.factor[index]}
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,14 +278,28 @@ class Draws(TaskPosterior):
 
     def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """All draws in their order if `count` is S; thinned evenly if smaller; else resampled."""
-        total = len(self.draws)
-        if count <= total:
-            like: Any = {"dtype": torch.float32, "device": self.draws.device}
-            index = torch.linspace(0, total - 1, count, **like).round().long()
-        else:
-            index = torch.randint(total, (count,), generator=generator, device=self.draws.device)
-        return self.draws[index], self.shared[index] if self.shared.dim() > 1 else self.shared
+        ready = self._prepared(count, generator)
+        return ready.draws, ready.shared
 
     def log_prob(self, theta: Tensor) -> Tensor:
         """Raises: draws have no density."""
         raise self._no_density()
+
+    def _draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return self.draws, self.shared
+
+    def _prepared(self, count: int, generator: torch.Generator) -> Draws:
+        """Exactly `count` draws, the same ones of all tasks: φ belongs to θ."""
+        total = len(self.draws)
+        if count == total:
+            return self
+        if count < total:
+            like: Any = {"dtype": torch.float32, "device": self.draws.device}
+            index = torch.linspace(0, total - 1, count, **like).round().long()
+        else:
+            index = torch.randint(total, (count,), generator=generator, device=self.draws.device)
+        shared = self.shared[index] if self.shared.dim() > 1 else self.shared
+        return replace(self, draws=self.draws[index], shared=shared, num_chains=1)
+
+    def _taken(self, index: Tensor) -> dict[str, Any]:
+        return {**super()._taken(index), "draws": self.draws[:, index]}

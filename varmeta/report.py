@@ -275,12 +275,15 @@ def _estimates(comparison: Comparison, site: str, k: int) -> dict[str, np.ndarra
 def _summary(posterior: TaskPosterior, site: str, k: int) -> np.ndarray:
     middle = posterior.mean
     count = int(np.clip(_NUMBERS // middle.numel(), 100, _DRAWS))
+    found = []
     with torch.no_grad():
-        theta, _ = posterior.sample(count, generator(0, device=middle.device))
-        theta = theta + (middle - theta.mean(0))  # the unconstrained mean is known: keep it exactly
-        value = posterior.density.constrain(theta)[site].reshape(*theta.shape[:2], -1)[..., k]
-    draws = value.double().cpu().numpy()
-    return np.stack([draws.mean(0), *np.quantile(draws, [0.05, 0.95], axis=0)])
+        for block in posterior.blocks(count, generator(0, device=middle.device)):
+            theta, mean = block.theta, block.posterior.mean
+            theta = theta + (mean - theta.mean(0))  # the unconstrained mean is known: keep it
+            value = posterior.density.constrain(theta)[site].reshape(*theta.shape[:2], -1)
+            draws = value[..., k].double().cpu().numpy()
+            found.append(np.stack([draws.mean(0), *np.quantile(draws, [0.05, 0.95], axis=0)]))
+    return np.concatenate(found, axis=1)
 
 
 def _centre(comparison: Comparison, name: str, site: str, k: int) -> float | None:

@@ -201,17 +201,24 @@ def _accuracy(posterior: TaskPosterior, tasks: Tasks, draws: int, seed: int) -> 
     """RMSE of the predictive mean and coverage of the central 90% interval; NaN for categories."""
     if not tasks.targets.is_floating_point():
         return float("nan"), float("nan")
-    predicted = posterior.predict(tasks, draws, generator(seed, 1, device=tasks.mask.device))
-    if len(predicted) > 1:  # several observed sites: which is the target is the model's secret
+    source = generator(seed, 1, device=tasks.mask.device)
+    squares, inside, count = 0.0, 0, 0
+    for part, predicted in posterior.predictions(tasks, draws, source):
+        if len(predicted) > 1:  # several observed sites: which is the target is the model's secret
+            return float("nan"), float("nan")
+        values = next(iter(predicted.values()))[:, part.mask].to(part.targets).cpu().numpy()
+        truth = part.targets[part.mask].cpu().numpy()
+        if values.shape[1:] != truth.shape:  # a factor, say, that draws nothing
+            return float("nan"), float("nan")
+        if not truth.size:
+            continue
+        low, high = np.quantile(values, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], axis=0)
+        squares += float(np.square(values.mean(0) - truth).sum(dtype=float))
+        inside += int(((truth >= low) & (truth <= high)).sum())
+        count += truth.size
+    if not count:
         return float("nan"), float("nan")
-    values = next(iter(predicted.values()))[:, tasks.mask].to(tasks.targets)
-    truth = tasks.targets[tasks.mask]
-    if values.shape[1:] != truth.shape or not truth.numel():  # a factor, say, that draws nothing
-        return float("nan"), float("nan")
-    tail = values.new_tensor([(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
-    low, high = values.quantile(tail, dim=0)
-    inside = ((truth >= low) & (truth <= high)).double().mean()
-    return float((values.mean(0) - truth).square().mean().sqrt()), float(inside)
+    return (squares / count) ** 0.5, inside / count
 
 
 def _worst_k(result: Fit, posterior: TaskPosterior, tasks: Tasks, draws: int, seed: int) -> float:

@@ -22,6 +22,7 @@ from rich.text import Text
 from torch import Tensor
 from torch.nn.functional import pad
 
+from varmeta import parts
 from varmeta.inference.determined import degrees_of_freedom
 from varmeta.models.derivatives import NotTwiceDifferentiable
 from varmeta.models.prior import GaussianPrior
@@ -212,11 +213,16 @@ def _costs(
     """
     theta, phi = posterior.mean, posterior.shared
     phi = phi if phi.dim() == 1 else phi.mean(0)  # draws of φ: at their mean, as θ
-    loss, rows = posterior.density.negative_log_likelihood, tasks if query is None else query
-    kept = loss(theta, rows, phi)
+    rows = tasks if query is None else query
+
+    def loss(theta: Tensor) -> Tensor:
+        points = theta[None], rows, phi if phi.dim() == 1 else phi[None]
+        return -parts.total_log_likelihood(posterior.density, *points)[0]
+
+    kept = loss(theta)
     cost = torch.stack(
         [
-            loss(torch.where(prior.groups == m, prior.loc, theta), rows, phi) - kept
+            loss(torch.where(prior.groups == m, prior.loc, theta)) - kept
             for m in range(prior.log_scale.shape[-1])
         ],
         -1,

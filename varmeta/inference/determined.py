@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from varmeta import parts
 from varmeta.inference.energy import TaskEnergy
 from varmeta.inference.lanczos import eigen, probes
 from varmeta.inference.laplace import MAX_DIM, hessian
@@ -40,7 +41,6 @@ HARDLY = 0.5  # nats over all tasks: at a tenth the data are at least 0.6 times 
 _BETTER = 0.1  # nats: where a tenth is better by this, the scale is large rather than small
 MAX_MODULES, MAX_TASKS = 20, 1000  # whose scales are asked for, and tasks that are asked
 _WORK = 5e9  # modules × tasks × coordinates³: some seconds; beyond, fewer tasks are asked
-_AT_ONCE = 2_000_000  # numbers of the tasks' matrices
 _PROBES = 16
 
 
@@ -176,10 +176,10 @@ def _curvatures(
     density: Density, prior: GaussianPrior, shared: Tensor, tasks: Tasks, theta: Tensor
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Of some tasks at once: which, S∇f `[t, D]` and SHS `[t, D, D]`, no curvature below 0."""
-    scale, at_once = prior.scale.detach(), max(1, _AT_ONCE // density.dim**2)
-    for first in range(0, len(tasks), at_once):
-        some = slice(first, min(first + at_once, len(tasks)))
-        part = tasks if at_once >= len(tasks) else tasks.select(range(some.start, some.stop))
+    scale, numbers = prior.scale.detach(), max(density.dim**2, tasks.mask.shape[1])
+    for some in parts.slices(len(tasks), numbers, parts.LARGEST // 2):  # matrices come in pairs
+        whole = some.stop - some.start == len(tasks)
+        part = tasks if whole else tasks.select(range(some.start, some.stop))
         energy, at = TaskEnergy(density, part, shared), theta[some].detach()
         curved = scale[:, None] * hessian(energy, at).detach() * scale
         # In units of the posterior's widths: a wide prior must not round a narrow one's part away.

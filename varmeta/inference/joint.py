@@ -23,6 +23,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
+from varmeta import parts
 from varmeta.checked import Count, Positive, Within
 from varmeta.inference.base import (
     Batch,
@@ -348,7 +349,7 @@ class JointVariational(Strategy):
         grads = [torch.zeros_like(t) for t in leaves]
         losses, solutions, spent = list[Tensor](), list[Solved](), 0
         keep = {name: table[name].clone() for name in ("rows", "visits")}
-        size = max(1, _MOST_ROWS // (len(rule.points) * batch.tasks.mask.shape[1]))
+        size = max(1, parts.LARGEST // (len(rule.points) * batch.tasks.mask.shape[1]))
         for number, part in enumerate(batch.split(size)):
             index = part.index.to(prior.loc.device)
             q = self._q(meta, prior, table["rows"][index])
@@ -403,7 +404,7 @@ class JointVariational(Strategy):
         tril: Tensor,
     ) -> TaskPosterior:
         rule = quadrature(prior.dim, prior.loc)
-        size = max(1, _MOST_ROWS // (len(rule.points) * tasks.mask.shape[1]))
+        size = max(1, parts.LARGEST // (len(rule.points) * tasks.mask.shape[1]))
         found = [
             solve(density, prior, shared, part, mean[rows], tril[rows], rule)
             for rows in torch.arange(len(tasks)).split(size)
@@ -609,4 +610,3 @@ def _moments(meta: Meta, q: GaussianQ) -> dict[str, Tensor]:
 _REST = 200  # steps of the q_i alone once θ0 and Σ have arrived by noisy steps
 _ENOUGH = 30  # tasks in a batch from which a closed form may take the first steps
 _BEGIN = 3  # steps in closed form before the quasi-Newton method
-_MOST_ROWS = 4_000_000  # of the likelihood that are evaluated at once

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from varmeta import parts
 from varmeta.inference.families import GaussianQ
 from varmeta.inference.fitted import Fit
 from varmeta.inference.free_energy import free_energy
@@ -48,13 +49,15 @@ def reachability_gap(fit: Fit, *, draws: int = 256, seed: int = 0) -> Tensor:
 def _objective(fit: Fit, posterior: TaskPosterior, draws: int, seed: int) -> Tensor:
     """F_i `[T]`, nats."""
     assert not isinstance(fit.tasks, TaskSource)
-    tasks, points = fit.tasks.unsplit, None
-    if isinstance(posterior, Gaussian):
-        q = GaussianQ.of(posterior)
-        noise = generator(seed, device=q.mean.device)
-        shape = (draws // 2, len(tasks), q.noise_dim)
+    tasks, density, phi = fit.tasks.unsplit, fit.density, fit.shared
+    if not isinstance(posterior, Gaussian):
+        return free_energy(density, fit.prior, phi, tasks, GaussianQ(posterior.mean), None)
+    noise, expected = generator(seed, device=posterior.mean.device), []
+    dim = GaussianQ.of(posterior).noise_dim
+    for some in parts.slices(len(tasks), draws * dim, parts.LARGEST):
+        q = GaussianQ.of(posterior.select(range(some.start, some.stop)))
+        shape = (draws // 2, len(q.mean), dim)
         half = torch.randn(shape, generator=noise, dtype=q.mean.dtype, device=q.mean.device)
-        points = torch.cat([half, -half])
-    else:
-        q = GaussianQ(posterior.mean)
-    return free_energy(fit.density, fit.prior, fit.shared, tasks, q, points)
+        theta, rows = q.draws(torch.cat([half, -half])), parts.tasks_at(tasks, some)
+        expected.append(-parts.total_log_likelihood(density, theta, rows, phi).mean(0))
+    return GaussianQ.of(posterior).kl(fit.prior) + torch.cat(expected)

@@ -18,6 +18,7 @@ from varmeta.seeds import generator
 Program = Callable[..., Any]
 CALLS_BEFORE_CAPTURE = 20  # tracing costs as much as a few hundred calls save; one-offs never pay
 KEPT_SHAPES = 32
+LARGEST = 2_000_000  # numbers of a result: beyond, Pyro's share is small, and checking takes memory
 # Of inductor. The sum of the windows that a pixel is in (`varmeta.models.convolution`) reads more
 # tensors than it lets one loop do on a CPU; of two, the first would write images along columns.
 OPTIONS = {"realize_cpu_acc_reads_threshold": 24}
@@ -46,6 +47,8 @@ class Captured:
             with ALONE:
                 program = self._seen(key, tensors)
         out: Tensor = program(*tensors)
+        if out.numel() > LARGEST:
+            self._programs[key] = self.function
         return out
 
     def _seen(self, key: Any, tensors: Sequence[Tensor]) -> Program:
