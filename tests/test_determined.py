@@ -26,8 +26,8 @@ from varmeta import (
     compare,
     evidence,
     fit,
+    parts,
 )
-from varmeta.inference import determined
 from varmeta.inference.determined import degrees_of_freedom, over_a_decade, undetermined
 from varmeta.inference.diagnostics import undetermined_of, warn_of_collapse
 from varmeta.models.modules import Modules
@@ -74,7 +74,8 @@ def test_a_module_has_those_of_its_coordinates_and_parts_add_up(
     theta = tensor(PROBLEM.theta_stars())
     whole = degrees_of_freedom(CASE.density, prior, CASE.shared, ROWS, theta)
     assert_close(whole, np.stack([each[:, 0] + each[:, 2], each[:, 1]], -1), 1e-10)
-    monkeypatch.setattr(determined, "_AT_ONCE", 2 * CASE.density.dim**2)  # two tasks at a time
+    numbers = max(CASE.density.dim**2, CASE.tasks.mask.shape[1])
+    monkeypatch.setattr(parts, "LARGEST", 4 * numbers)  # two tasks at a time
     assert_close(degrees_of_freedom(CASE.density, prior, CASE.shared, ROWS, theta), whole, 1e-12)
 
 

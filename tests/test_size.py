@@ -206,7 +206,9 @@ def test_predictions_beyond_a_part_have_the_law_and_every_row(
 # -- memory ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["evidence", "loo", "score", "gap", "predictions", "export"])
+@pytest.mark.parametrize(
+    "what", ["evidence", "loo", "moved draws", "score", "gap", "predictions", "export"]
+)
 def test_no_tensor_is_larger_than_asked_for(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One task of 300 rows beside 60 of one: whole, 30 draws of padded rows are 549,000 numbers."""
     tasks = size.lines([1] * 60 + [300])
@@ -218,10 +220,11 @@ def test_no_tensor_is_larger_than_asked_for(what: str, monkeypatch: pytest.Monke
     monkeypatch.setattr(parts, "AT_ONCE", 3000)
     monkeypatch.setattr(parts, "LARGEST", 6000)
     monkeypatch.setattr("varmeta.importance.undetermined", lambda *_: None)  # of the data's size
-    draws, padded, existing = 30, 61 * 300, 360
+    draws, padded, existing, two = 30, 61 * 300, 360, [0, 60]
     calls: dict[str, Callable[[], Any]] = {
         "evidence": lambda: evidence(q, run.prior, tasks, draws=draws),
-        "loo": lambda: loo(q, run.prior, tasks, draws=draws),
+        "loo": lambda: loo(q, run.prior, tasks, draws=draws, moment_match=False),
+        "moved draws": lambda: loo(q.select(two), run.prior, tasks.select(two), draws=draws),
         "score": lambda: score(Outcome(run, q, None, 0.0), KNOWN, tasks.split(), draws, 0),
         "gap": lambda: reachability_gap(replace_posterior(run, q), draws=draws),
         "predictions": lambda: list(q.predictions(tasks, draws, generator(0))),

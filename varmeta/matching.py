@@ -16,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from varmeta import parts
 from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import TaskPosterior
 from varmeta.tasks import Tasks
 
 Smooth = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 _WIDER = (1.0, 2.0)  # few weights see too little of the tails of a wider law
-_ROUNDS, _AT_ONCE = 8, 2_000_000  # rounds of moving draws; likelihoods of a row at once
+_ROUNDS = 8  # of moving draws
 
 
 def evidence_without(
@@ -46,10 +47,10 @@ def evidence_without(
         enough: a k that needs no further rounds.
     """
     theta, shared = draws
-    parts = max(1, _AT_ONCE // (len(theta) * tasks.mask.shape[1]))
+    size = max(1, parts.LARGEST // 2 // (len(theta) * tasks.mask.shape[1]))
     found = [
         _part(smooth, posterior, prior, tasks, theta, shared, some, enough)
-        for some in rows.split(parts)
+        for some in rows.split(size)
     ]
     values, ks = zip(*found, strict=True)
     return np.concatenate(values), np.concatenate(ks)
