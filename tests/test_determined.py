@@ -28,6 +28,7 @@ from varmeta import (
     fit,
     parts,
 )
+from varmeta.inference import determined
 from varmeta.inference.determined import degrees_of_freedom, over_a_decade, undetermined
 from varmeta.inference.diagnostics import undetermined_of, warn_of_collapse
 from varmeta.models.modules import Modules
