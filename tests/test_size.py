@@ -170,7 +170,10 @@ def test_what_is_drawn_in_blocks_belongs_together(
     blocks = list(posterior.blocks(S, generator(3, 0)))
     assert torch.equal(torch.cat([b.theta for b in blocks], 1), theta)
     assert [n for b in blocks for n in b.posterior.names] == list(RAGGED.names)
-    assert torch.equal(torch.cat([b.posterior.sd for b in blocks]), posterior.sd)
+    for count in (S, S + 7, 9):  # of draws, more and fewer than there are: not their own moments
+        blocks = list(posterior.blocks(count, generator(3, 0)))
+        assert torch.equal(torch.cat([b.posterior.mean for b in blocks]), posterior.mean)
+        assert torch.equal(torch.cat([b.posterior.sd for b in blocks]), posterior.sd)
 
 
 @pytest.mark.parametrize("name", ["full", "diagonal", "low rank"])

@@ -89,8 +89,9 @@ class TaskPosterior(ABC):
         """
         ready, numbers = self._prepared(count, generator), count * self.density.dim
         for some in parts.slices(len(self.names), numbers, parts.LARGEST):
-            part = ready.select(range(some.start, some.stop))
-            yield Block(some, part, *part._draw(count, generator))
+            place = range(some.start, some.stop)
+            drawn = ready.select(place)._draw(count, generator)
+            yield Block(some, self.select(place), *drawn)
 
     def select(self, index: Tensor | Sequence[int]) -> Self:
         """The posterior of the tasks at these positions (or where a bool is True)."""
