@@ -342,7 +342,7 @@ def test_adapting_within_a_run_takes_the_guide_as_it_stands(point: bool) -> None
     state.step += 1
     assert float(state.meta.raw["log_scale"].detach().abs().max()) > 0.5
     after = strategy.adapt(SMALL.density, state, tasks, generator(1)).mean
-    assert_close(within, after, 0.05)
+    assert_close(within, after, 0.1)  # from the prior it would be 1
 
 
 # -- refusals -------------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ class JointVariational(Strategy):
     learn_loc: bool = True
     learn_scale: bool | None = None
     resets: Reset | None = None
-    adapt_steps: Count = 500
+    adapt_steps: Annotated[int, Within(0)] = 500
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -107,7 +107,7 @@ class PyroSVI(Strategy):
     tolerance: Positive = NOISY
     learning_rate: Positive = 0.03
     samples: Count = 1
-    adapt_steps: Count = 500
+    adapt_steps: Annotated[int, Within(0)] = 500
     draws: Annotated[int, Within(2)] = 500
     vectorise: bool | None = None
 
