@@ -235,3 +235,18 @@ def test_arguments_in_the_same_memory_stay_apart() -> None:
     assert program is not None
     assert program(start + 1.0, loc)[0].item() == 2.0
     assert trace(function, [start, loc])(start + 1.0, loc)[0].item() == 2.0
+
+
+def test_what_is_written_in_place_is_recorded_with_copies() -> None:
+    """As a law of Pyro does it; the recording is right at other numbers too."""
+
+    def written(x: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros(3, dtype=x.dtype)
+        out[..., 0] = x[0]
+        out[..., 1:] = x[1:] ** 2
+        return out.exp().sum()
+
+    program = record(written, [torch.tensor([0.1, 0.2, 0.3])])
+    assert program is not None
+    other = torch.tensor([-1.0, 2.0, 0.5])
+    torch.testing.assert_close(program(other), written(other))

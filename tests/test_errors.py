@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from varmeta.inference.minimise import GradientDescent
 from varmeta.models.density import Density
+from varmeta.models.network import network
 from varmeta.models.prior import GaussianPrior
 from varmeta.seeds import generator
 from varmeta.tasks import Tasks
@@ -167,13 +168,19 @@ def mistyped(x, y=None):
     rows(x, y, x.float() @ pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1)))
 
 
-def branching(x, y=None):
-    a = normal("a")
-    rows(x, y, a if float(a) > 0 else -a)
-
-
 def dropout(x, y=None):
     rows(x, y, nn.functional.dropout(x[:, 0], 0.5) * normal("a"))
+
+
+BATCH_NORM = network(
+    nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)).to(FLOAT),
+    lambda out: dist.Normal(out[:, 0], 1.0),
+)
+
+
+def embedding(x, y=None):
+    w = pyro.sample("w", dist.Normal(torch.zeros(3, dtype=FLOAT), 1.0).to_event(1))
+    rows(x, y, w[x[:, 0]])
 
 
 def noisy(x, y=None):
@@ -290,7 +297,7 @@ TABLE = [
     model("local", local, "'b' has shape (4,) with 4 rows and (5,) with 5", "outside the plate"),
     model("in plate", ReadInPlate(), "'b' has shape (4,)", "PyroSample must be read before"),
     model("discrete", discrete, "'k' is discrete", "sum it out"),
-    model("summed", summed, "'y'", "shape () for 4 rows", "wanted one value per row, shape (4,)"),
+    model("summed", summed, "'y' draws all rows", "1 to 6 rows", "the same number", "plate over"),
     model(
         "square",
         unsummed,
@@ -311,8 +318,14 @@ TABLE = [
     model("closure", closure, "param site 'net$$$weight'", "the module itself must be the model"),
     model("raising", raising, "failed on one task", "(4, 2)", "KeyError: 'no such city'"),
     model("mistyped", mistyped, "x of shape (4, 2) (torch.float64)", "same dtype"),
-    model("branching", branching, "batch of tasks", "RuntimeError: vmap", "torch.where"),
     model("dropout", dropout, "batch of tasks", "random operation", "with pyro.sample only"),
+    model("batch norm", BATCH_NORM, "averages over the rows", "module.eval()", "nn.LayerNorm"),
+    model(
+        "embedding",
+        embedding,
+        *("in task '1'", "index 3 is out of bounds", "count from 0"),
+        tasks=Tasks.from_list([(torch.full((3, 1), k), numbers(3)) for k in (2, 3)]),
+    ),
     model("noisy", noisy, "from call to call", "independent given the latents"),
     model("centring", centring, "another row is added", "compute means over rows", "as inputs"),
     bad("shared", shared_given("s", "z"), "shared: no latent site 'z'", "has: b, s, w"),

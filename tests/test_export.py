@@ -276,9 +276,10 @@ def test_several_observed_sites() -> None:
     density = Density(twice, tasks)
     data = to_arviz(unfitted(tasks=tasks, density=density), draws=3)
     assert set(group(data, "posterior_predictive").data_vars) == {"first", "second"}
-    assert group(data, "observed_data")["target"].dims == ("row", "target_dim_0")
+    assert group(data, "observed_data")["first"].dims == ("row",)
     rows, a = group(data, "log_likelihood")["target"], group(data, "posterior")["a"]
-    first, second = group(data, "observed_data")["target"].values.T
+    first, second = (group(data, "observed_data")[n].values for n in ("first", "second"))
+    np.testing.assert_array_equal(first, tasks.targets[tasks.mask][:, 0])
     own = a.sel(task=rows["task_of_row"]).values
     by_hand = norm.logpdf(first, own, 1) + norm.logpdf(second, -own, 2)
     np.testing.assert_allclose(rows.values, by_hand, rtol=1e-10)

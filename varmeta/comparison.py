@@ -53,7 +53,8 @@ class Comparison:
             scored: draws, gaussian, laplace, delta), `set`, `rows` held out, `elpd` (log predictive
             density per held-out row, nats) with its standard error across tasks `elpd_se`,
             `elpd_diff` to the best strategy with that of the paired difference `elpd_diff_se`,
-            `rmse` of the predictive mean, `coverage` of the central 90% predictive interval,
+            `rmse` of the predictive mean, `coverage` of the central 90% predictive interval (both
+            of what the model observes, as of log y; NaN for classes without an order),
             `pareto_k` of the worst task, given the rows that its posterior was conditioned on (see
             `evidence`; above 0.7 its q_i is not to be trusted; −inf where q_i is exact for the
             learned prior held fixed, which leaves out what is not known of its scales; NaN for

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from os import PathLike
@@ -18,6 +19,7 @@ from varmeta.inference.fitted import Fit
 from varmeta.inference.nuts import PyroNUTS
 from varmeta.inference.soundness import check_posterior
 from varmeta.models.density import Density
+from varmeta.models.observed import observed_data
 from varmeta.posterior import Draws, Gaussian, TaskPosterior
 from varmeta.seeds import generator
 from varmeta.shrinkage import MOST_MODULES
@@ -62,8 +64,10 @@ def to_arviz(
       posterior, and `<site>_loc` and `<site>_scale` are there too.
     - `posterior_predictive`, `log_likelihood`, `observed_data`: `(..., row, ...)`, the rows that
       exist, task after task. Coordinates `task_of_row` and `row_id` (`tasks.row_ids`) say which
-      they are. The variable is the observed site; if there are several, `posterior_predictive` has
-      each, and the other two groups have one variable, `tasks.target_name`.
+      they are. The variable is the observed site; if there are several, `log_likelihood` has their
+      sum as `tasks.target_name`. What was observed is what the model made of the targets: the log
+      of them with `obs=y.log()`. Without a sampler of its law `posterior_predictive` is left out,
+      with a warning. Where all rows of a task are one draw, `log_likelihood` is `(..., task)`.
     - `constant_data`: `inputs` `(row, input)`, `num_rows` `(task)`; and, save for NUTS,
       `<site>_loc` and `<site>_scale`. They are point estimates then: repeated over draws they would
       have no ESS or R-hat, and `az.summary` and the trace plots would warn of that.
@@ -237,8 +241,15 @@ def _groups(
     predicted, nats = dict[str, Tensor](), dict[str, Tensor]()
     if wanted["posterior_predictive"]:
         noise = generator(seed, _PREDICT, device=device)
-        predicted = _by_row(parts.predict(density, theta, rows, noise, shared), rows)
-    if wanted["log_likelihood"]:
+        try:
+            predicted = _by_row(parts.predict(density, theta, rows, noise, shared), rows)
+        except NotImplementedError as error:
+            warnings.warn(
+                f"posterior_predictive is left out: {error}", RuntimeWarning, stacklevel=3
+            )
+    if wanted["log_likelihood"] and density.joint:
+        nats = {target: parts.total_log_likelihood(density, theta, rows, shared)}
+    elif wanted["log_likelihood"]:
         each = parts.log_likelihood(density, theta, rows, shared)
         nats = _by_row(((part, {target: value}) for part, value in each), rows)
     if isinstance(posterior, Gaussian):
@@ -250,8 +261,11 @@ def _groups(
         "posterior": drawn,
         "prior": learned,
         "posterior_predictive": _drawn(predicted, "row", chains=chains),
-        "log_likelihood": _drawn(nats, "row", chains=chains),
-        "observed_data": {target: _variable(target, rows.targets[rows.mask], "row")},
+        "log_likelihood": _drawn(nats, "task" if density.joint else "row", chains=chains),
+        "observed_data": {
+            name: _variable(name, site.value[rows.mask], "row")
+            for name, site in observed_data(density, rows).items()
+        },
         "constant_data": constant,
         "sample_stats": stats,
     }

@@ -195,8 +195,14 @@ def loo(
         moment_match: move the draws for rows that weigh much.
 
     Raises:
-        ValueError: as of `evidence`.
+        ValueError: as of `evidence`; also where all rows of a task are one draw
+            (`density.joint`), of which none can be left out.
     """
+    if posterior.density.joint:
+        raise ValueError(
+            "loo leaves out one row at a time, and all rows of a task are one draw of the model; "
+            "hold out whole tasks, or ask vm.evidence"
+        )
     mask = tasks.mask.cpu().numpy()
     elpds, ks = np.zeros(mask.shape), np.zeros(mask.shape)
     for block, log_w in _weights(posterior, prior, tasks, draws, seed):

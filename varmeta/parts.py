@@ -99,7 +99,7 @@ def log_likelihood(
         shared: φ, `[P]` or `[S, T, P]`.
     """
     numbers = _numbers_per_row(density, theta, tasks, shared)
-    for part in row_parts(tasks, AT_ONCE // max(len(theta), numbers)):
+    for part in row_parts(tasks, _least(density, tasks, AT_ONCE // max(len(theta), numbers))):
         each = numbers * part.tasks.mask.numel()
         with torch.no_grad():
             nats = [
@@ -128,13 +128,18 @@ def predict(
     Arguments are those of `log_likelihood`, and where the random numbers come from.
     """
     numbers = _numbers_per_row(density, theta, tasks, shared)
-    for part in row_parts(tasks, LARGEST // max(len(theta), numbers)):
+    for part in row_parts(tasks, _least(density, tasks, LARGEST // max(len(theta), numbers))):
         each = numbers * part.tasks.mask.numel()
         draws = [
             density.predict(some, part.tasks, generator, phi)
             for some, phi in _drawn(theta, shared, part, each, LARGEST)
         ]
         yield part, {name: torch.cat([d[name] for d in draws]) for name in density.observed}
+
+
+def _least(density: Density, tasks: Tasks, rows: int) -> int:
+    """So many rows, or a task's where these are one draw and so are never told apart."""
+    return max(rows, tasks.mask.shape[1]) if density.joint else rows
 
 
 def _part(tasks: Tasks, index: Tensor, columns: slice) -> Part:

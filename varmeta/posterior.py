@@ -103,7 +103,8 @@ class TaskPosterior(ABC):
     def log_predictive(self, tasks: Tasks, count: int, generator: torch.Generator) -> Tensor:
         """log p(y_n | posterior) of every row, nats: `[T, N]`, averaged over `count` draws.
 
-        0 where a row is padding. Memory is bounded by `varmeta.parts`.
+        0 where a row is padding. Memory is bounded by `varmeta.parts`. Where all rows of a task are
+        one draw (`density.joint`), log p(y | posterior) of a task, in equal parts.
         """
         total = torch.zeros(tasks.mask.shape, dtype=self.mean.dtype, device=tasks.mask.device)
         with torch.no_grad():
@@ -111,7 +112,12 @@ class TaskPosterior(ABC):
                 some = parts.tasks_at(tasks, block.tasks)
                 drawn = block.theta, some, block.shared
                 for part, nats in parts.log_likelihood(self.density, *drawn):
-                    part.put(total[block.tasks], nats.logsumexp(0) - math.log(len(nats)))
+                    rows = 1
+                    if self.density.joint:  # the mean over draws is of a task's density
+                        rows = nats.shape[-1]
+                        nats = nats.sum(-1, keepdim=True).expand_as(nats)
+                    mean = nats.logsumexp(0) - math.log(len(nats))
+                    part.put(total[block.tasks], mean / rows)
         return total
 
     def predict(self, tasks: Tasks, count: int, generator: torch.Generator) -> dict[str, Tensor]:

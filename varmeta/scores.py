@@ -13,6 +13,7 @@ from torch import Tensor
 from varmeta.importance import MIN_DRAWS, evidence
 from varmeta.inference.diagnostics import undetermined_of
 from varmeta.inference.fitted import Fit
+from varmeta.models.observed import observed_data
 from varmeta.posterior import Gaussian, TaskPosterior
 from varmeta.seeds import generator
 from varmeta.tasks import Tasks
@@ -198,27 +199,34 @@ def _per_row(values: Tensor, tasks: Tasks) -> tuple[float, float]:
 
 
 def _accuracy(posterior: TaskPosterior, tasks: Tasks, draws: int, seed: int) -> tuple[float, float]:
-    """RMSE of the predictive mean and coverage of the central 90% interval; NaN for categories."""
-    if not tasks.targets.is_floating_point():
-        return float("nan"), float("nan")
+    """RMSE of the predictive mean and coverage of the central 90% interval, as the model sees y.
+
+    NaN for classes without an order, for several observed sites, and for a law without a sampler.
+    """
+    nothing, density = (float("nan"), float("nan")), posterior.density
+    observed = list(observed_data(density, tasks.select([0])).values())
+    if len(observed) > 1 or observed[0].nominal:
+        return nothing
     source = generator(seed, 1, device=tasks.mask.device)
     squares, inside, count = 0.0, 0, 0
-    for part, predicted in posterior.predictions(tasks, draws, source):
-        if len(predicted) > 1:  # several observed sites: which is the target is the model's secret
-            return float("nan"), float("nan")
-        values = next(iter(predicted.values()))[:, part.mask].to(part.targets).cpu().numpy()
-        truth = part.targets[part.mask].cpu().numpy()
-        if values.shape[1:] != truth.shape:  # a factor, say, that draws nothing
-            return float("nan"), float("nan")
-        if not truth.size:
-            continue
-        low, high = np.quantile(values, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], axis=0)
-        squares += float(np.square(values.mean(0) - truth).sum(dtype=float))
-        inside += int(((truth >= low) & (truth <= high)).sum())
-        count += truth.size
-    if not count:
-        return float("nan"), float("nan")
-    return (squares / count) ** 0.5, inside / count
+    try:
+        for part, predicted in posterior.predictions(tasks, draws, source):
+            ((name, site),) = observed_data(density, part).items()
+            values = predicted[name][:, part.mask].double().cpu().numpy()
+            truth = site.value[part.mask].double().cpu().numpy()
+            if values.shape[1:] != truth.shape:  # a factor, say, that draws nothing
+                return nothing
+            seen = np.isfinite(truth)  # a law may leave out what is missing
+            truth, values = truth[seen], values[:, seen]
+            if not truth.size:
+                continue
+            low, high = np.quantile(values, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], axis=0)
+            squares += float(np.square(values.mean(0) - truth).sum(dtype=float))
+            inside += int(((truth >= low) & (truth <= high)).sum())
+            count += truth.size
+    except NotImplementedError:
+        return nothing
+    return ((squares / count) ** 0.5, inside / count) if count else nothing
 
 
 def _worst_k(result: Fit, posterior: TaskPosterior, tasks: Tasks, draws: int, seed: int) -> float:

@@ -153,16 +153,16 @@ def trace(
         with ignoring():  # alone: a tracer patches classes and counts modes for all threads
             # A bare function of any arguments: a wrapped method's signature counts `self` too.
             program: torch.fx.GraphModule = make_fx(lambda *given: function(*given))(*tensors)
+            if _written_in_place(program):  # the same with copies: laws of Pyro do it
+                program = make_fx(torch.func.functionalize(program))(*tensors)
     except Exception as error:  # an operation that cannot be recorded fails in many ways
         if is_own(error):
             raise
         first = (str(error).splitlines() or [""])[0]
         raise Unrecordable(f"{type(error).__name__}: {first}") from error
     program.graph.eliminate_dead_code()
-    for node in program.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        if schema is not None and schema.is_mutable:
-            raise Unrecordable(f"{node.target} writes in place")
+    if (written := _written_in_place(program)) is not None:
+        raise Unrecordable(f"{written} writes in place")
     if not simpler:
         program.recompile()
         return program
@@ -172,6 +172,15 @@ def trace(
         if is_own(error):
             raise
         raise Unrecordable(str(error).splitlines()[0]) from error
+
+
+def _written_in_place(program: torch.fx.GraphModule) -> Any:
+    """The first operation that writes into a tensor, if there is one."""
+    for node in program.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            return node.target
+    return None
 
 
 def compile_graph(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from varmeta.models.blame import is_own
 from varmeta.models.laws import tensors_in
 from varmeta.models.sites import reason
-from varmeta.models.support import check_targets, on_a_batch
+from varmeta.models.support import FailedOnABatch, check_targets, on_a_batch
 from varmeta.seeds import generator
 from varmeta.tasks import Tasks
 
@@ -22,6 +25,16 @@ if TYPE_CHECKING:
 
 _FLAT = {"round", "floor", "ceil", "trunc", "sign", "argmax", "argmin", "gt", "lt", "ge", "le"}
 _FEW = 8  # tasks whose data are changed, to see whether a prior follows
+_RANDOM, _BATCH_NORM = "random(ness)? (operation|error)", "Batch norm|running_mean"
+_ADVICE = {  # by what PyTorch says: where a loop over the tasks would be no answer
+    _RANDOM: "It draws random numbers outside of pyro.sample, with "
+    "dropout perhaps: switch that off with module.eval(), and draw with pyro.sample only",
+    _BATCH_NORM: "Batch norm keeps averages over the rows of all tasks: switch it to "
+    "the averages that it has with module.eval(), or take nn.LayerNorm or nn.GroupNorm",
+    "out of (bounds|range)|num_classes": "An index is out of range, of a label or of an "
+    "embedding: they count from 0 to the number of classes less 1, in every task",
+}
+_log = logging.getLogger("varmeta")
 _TRIES = 3  # draws at which a site may be silent by chance (a ReLU that is off)
 
 
@@ -30,6 +43,7 @@ def check_model(density: Density, tasks: Tasks) -> None:
 
     Its targets must be possible, too.
     """
+    density.check_data(tasks, density.shared_init)
     sites = (*density.sites, *density.shared_sites)
     index = torch.cat([torch.full((s.size,), k) for k, s in enumerate(sites)])
     loc = torch.cat([density.prior_loc, density.shared_init])
@@ -41,14 +55,20 @@ def check_model(density: Density, tasks: Tasks) -> None:
         with on_a_batch():
             return density.log_likelihood(theta, tasks, flat[density.dim :])
 
-    _check_priors(density, tasks)
-    check_targets(density, tasks)
     like: Any = {"generator": noise, "dtype": loc.dtype, "device": loc.device}
+    _choose_how(density, tasks, partial(rows, loc + scale * torch.randn(len(loc), **like)))
+    if density.joint:
+        _log.warning(
+            "observed site %r draws all rows of a task together: a task is the unit of scoring. If "
+            "rows are independent, put it in a plate over rows, without .to_event over them",
+            density.observed[0],
+        )
     deaf = set(range(len(sites)))
     for _ in range(_TRIES):
         here, there = loc + scale * torch.randn(2, len(loc), **like)
-        wide = tasks._map(lambda t: torch.cat([t, t[:, :1]], dim=1))
-        before, after = rows(here, tasks), rows(here, wide)[:, :-1]
+        more = 0 if density.joint else 1  # the rows of one draw are no matter of one another
+        wide = tasks._map(lambda t, more=more: torch.cat([t, t[:, :more]], dim=1))  # type: ignore[misc]
+        before, after = rows(here, tasks), rows(here, wide)[:, : tasks.mask.shape[1]]
         if not torch.allclose(before, after, rtol=1e-3, atol=1e-3, equal_nan=True):
             raise ValueError(
                 "model changes the log-likelihood of a row when another row is added, or from "
@@ -102,7 +122,7 @@ def _priors(density: Density, tasks: Tasks) -> dict[str, list[Tensor]]:
         return {name: tensors_in(nodes[name]["fn"]) for name in names}
 
     with torch.no_grad():
-        found: dict[str, list[Tensor]] = torch.vmap(one)(tasks.inputs, tasks.targets)
+        found: dict[str, list[Tensor]] = density._mapped(one, (0, 0))(tasks.inputs, tasks.targets)
     return found
 
 
@@ -133,6 +153,88 @@ def _compare_priors(
                 f"data into the likelihood's mean, such as {name} + slope * x[..., 0] with a "
                 "latent slope of its own"
             )
+
+
+def _choose_how(density: Density, tasks: Tasks, rows: Callable[[Tasks], Tensor]) -> None:
+    """Have the density run all tasks together if that can be, else their laws apart, else a loop.
+
+    Raises:
+        ValueError: none of these works; with advice that fits the cause.
+    """
+    try:
+        _check_data(density, tasks)
+        rows(tasks)
+        return
+    except FailedOnABatch as error:
+        first = error.__cause__
+    assert isinstance(first, Exception)
+    if _advice(first) is None and not is_own(first):
+        few = tasks.select(list(range(min(2, len(tasks)))))
+        density._run_as("one by one")
+        try:
+            _check_data(density, tasks)
+            wanted = rows(few)
+            density._run_as("apart")
+            if _same(rows, few, wanted):
+                return
+            density._run_as("one by one")
+            rows(tasks)
+        except FailedOnABatch as error:
+            first = error.__cause__
+            assert isinstance(first, Exception)
+        else:
+            _log.warning(
+                "the model cannot run for all tasks at once and is run task by task, which takes "
+                "longer the more tasks there are: %s",
+                _short(first),
+            )
+            return
+    harmless = not re.search(f"{_RANDOM}|{_BATCH_NORM}", str(first))
+    culprit = _culprit(tasks, rows, density) if harmless else ""
+    raise ValueError(
+        f"model failed on a batch of tasks{culprit}: {_short(first)}. "
+        + (_advice(first) or "It ran on the first task alone: compare the two")
+    ) from first
+
+
+def _check_data(density: Density, tasks: Tasks) -> None:
+    _check_priors(density, tasks)
+    check_targets(density, tasks)
+
+
+def _same(rows: Callable[[Tasks], Tensor], tasks: Tasks, wanted: Tensor) -> bool:
+    try:
+        got = rows(tasks)
+    except Exception:
+        return False
+    return torch.allclose(got, wanted, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def _advice(error: Exception) -> str | None:
+    """What to do where running the tasks one by one would be no answer; None where it may be one.
+
+    Batch norm would change the user's module, and random numbers differ from call to call.
+    """
+    text = str(error)
+    return next((advice for sign, advice in _ADVICE.items() if re.search(sign, text)), None)
+
+
+def _culprit(tasks: Tasks, rows: Callable[[Tasks], Tensor], density: Density) -> str:
+    """The first task on which the model fails by itself, in words; nothing if there is none."""
+    density._run_as("one by one")
+    for i, name in enumerate(tasks.names):
+        try:
+            rows(tasks.select([i]))
+        except Exception:
+            density._run_as("together")
+            return f" in task {name!r}"
+    density._run_as("together")
+    return ""
+
+
+def _short(error: Exception) -> str:
+    """What went wrong, without the remarks that PyTorch and Pyro append."""
+    return reason(error).splitlines()[0].split(". ")[0].rstrip(".")
 
 
 def _check_gradient(density: Density, tasks: Tasks, flat: Tensor) -> None:

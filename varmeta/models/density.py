@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from operator import add
 from typing import Any
 
@@ -15,24 +15,25 @@ from pyro import poutine
 from torch import Tensor
 
 from varmeta.digest import digests_of
-from varmeta.models.blame import is_unbatched
+from varmeta.models.apart import draw
 from varmeta.models.capture import Captured
 from varmeta.models.check_model import check_model
 from varmeta.models.derivatives import EnergyFunction
+from varmeta.models.drawing import draw_observed
 from varmeta.models.laws import law_in, law_parameters, law_with
 from varmeta.models.operations import BatchedOperations
+from varmeta.models.over_tasks import How, by_row, one_by_one, over_tasks, rows_apart
 from varmeta.models.programs import Product, Programs
 from varmeta.models.sites import (
     Answer,
     Model,
     read_sites,
-    reason,
     run,
 )
 from varmeta.models.support import check_targets, finite_tasks
 from varmeta.pickling import require_picklable
 from varmeta.process import ignoring, pyro_untouched, validation_off
-from varmeta.seeds import global_rng
+from varmeta.seeds import OwnDraws, global_rng
 from varmeta.tasks import Tasks, TaskSource
 
 
@@ -45,7 +46,14 @@ class Density:
     replaced by the learned N(θ0, Σ), which starts from it (`GaussianPrior.from_density`). Latents
     named in `shared`, and every `pyro.param` or module parameter, have one value φ `[P]` for all
     tasks: shared latents keep the user's own prior, params have a flat one. Given these, a row's
-    likelihood must depend on that row alone, and on no Python state that changes.
+    likelihood must depend on that row alone, and on no Python state that changes. Or all rows of a
+    task are one draw (a Gaussian process, a time series): all tasks must then have the same number
+    of rows, a task is the unit of scoring, and each row is given an equal part of its task's nats.
+    Held-out rows are then a draw of their own, which is told nothing by the task's other rows but
+    the latents.
+
+    Attributes:
+        joint: whether the rows of a task are one draw.
 
     Args:
         model: a Pyro model (a function or a `PyroModule`) of one task.
@@ -84,16 +92,18 @@ class Density:
         self.model = model
         self.target_shape = y.shape[1:]
         self.input_shape = x.shape[1:]
-        sites, self.observed = read_sites(model, x, y, shared)
+        sites, self.observed, self.joint = read_sites(model, x, y, shared)
         self.sites = tuple(s for s in sites if s.role == "adapted")
         self.shared_sites = tuple(  # in the data's type, so that their densities are too
             s if s.prior is None else replace(s, prior=law_in(s.loc.dtype, s.prior))
             for s in sites
             if s.role != "adapted"
         )
-        self._batched: dict[tuple[int, bool], Captured] = {}
+        self._batched: dict[tuple[int, bool], Callable[..., Tensor]] = {}
         self._programs: dict[str, Programs] = {}
         self._compiled = False
+        self._how: How = "together"
+        self._drawn_singly = False  # has been said
         check_model(self, tasks)
 
     # -- what there is ----------------------------------------------------------------------------
@@ -171,7 +181,9 @@ class Density:
         self._check_shapes(theta, tasks, shared)
         key = (theta.dim() - 2, shared.dim() > 1)
         if key not in self._batched:
-            self._batched.setdefault(key, Captured(_nested_vmap(self._pointwise, *key)))
+            rows = self._over_tasks(*key)
+            rows = rows if self._how == "one by one" else Captured(rows)
+            self._batched.setdefault(key, rows)
         # What was recorded views its arguments as they lay in memory then.
         data = tasks.inputs, tasks.targets
         out = self._batched[key](theta.contiguous(), shared.contiguous(), *data)
@@ -219,34 +231,20 @@ class Density:
     ) -> dict[str, Tensor]:
         """Draws of the observed sites given parameters: `{site: [..., T, N, *target_shape]}`.
 
-        Rows of padding hold draws too; mask them with `tasks.mask`. A few distributions (the beta,
-        von Mises) cannot be drawn from inside `vmap`; models with these are run draw by draw, which
-        is slow.
+        Rows of padding hold draws too; mask them with `tasks.mask`. The laws of Pyro and PyTorch
+        are drawn for all tasks and draws at once (`varmeta.models.apart`). A law of your own that
+        `vmap` cannot draw from is drawn one by one, which is slow and said in the log.
 
         Raises:
             ValueError: theta or shared of another shape; a model that needs y.
+            NotImplementedError: a law that cannot be drawn from.
         """
         shared = self.shared_init if shared is None else shared
         self._check_shapes(theta, tasks, shared)
-        call = _nested_vmap(self._simulate, theta.dim() - 2, shared.dim() > 1, random=True)
         # vmap's remarks on some distributions (binomial, gamma)
         remarks = ignoring("(An output with one|There is a performance drop)")
-        with torch.no_grad(), global_rng(generator), remarks:
-            try:
-                return dict(call(theta, shared, tasks.inputs))
-            except RuntimeError as error:
-                if not is_unbatched(error):
-                    raise
-            each = theta.reshape(-1, self.dim)
-            phi = shared.expand(*theta.shape[:-1], -1).reshape(len(each), self.shared_dim)
-            data = tasks.inputs.expand(*theta.shape[:-2], *tasks.inputs.shape).flatten(
-                0, theta.dim() - 2
-            )
-            draws = [self._simulate(*row) for row in zip(each, phi, data, strict=True)]
-            return {
-                name: torch.stack([draw[name] for draw in draws]).unflatten(0, theta.shape[:-1])
-                for name in self.observed
-            }
+        with torch.no_grad(), global_rng(generator) as own, remarks:
+            return draw_observed(self, theta, shared, tasks.inputs, own)
 
     # -- running ----------------------------------------------------------------------------------
 
@@ -255,16 +253,15 @@ class Density:
 
         `[T, D]`, `[P]`, `[T, N, ...]`, `[T, N, ...]` to `[T, N]`.
         """
-        out: Tensor = _nested_vmap(self._pointwise, 0, False)(theta, shared, inputs, targets)
+        out: Tensor = self._over_tasks(0, False)(theta, shared, inputs, targets)
         return out
 
     def outputs(
         self, theta: Tensor, shared: Tensor, inputs: Tensor, targets: Tensor
     ) -> list[Tensor]:
         """Parameters z of each row's law (means, logits, …), `[T, ...]` each; as for `rows`."""
-        out: list[Tensor] = torch.vmap(self._outputs, (0, None, 0, 0))(
-            theta, shared, inputs, targets
-        )
+        dims = (0, None, 0, 0)
+        out: list[Tensor] = self._mapped(self._outputs, dims)(theta, shared, inputs, targets)
         return out
 
     def rows_given(
@@ -272,7 +269,8 @@ class Density:
     ) -> Tensor:
         """log p(y_n | z), nats, `[T, N]`: `rows` with other parameters z of the rows' laws."""
         dims = (0, 0, None, 0, 0)
-        out: Tensor = torch.vmap(self._given_outputs, dims)(outputs, theta, shared, inputs, targets)
+        given = self._mapped(self._given_outputs, dims)
+        out: Tensor = given(outputs, theta, shared, inputs, targets)
         return out
 
     def programs(
@@ -283,7 +281,8 @@ class Density:
     ) -> Programs:
         """The derivatives of an energy built on this density, recorded once for all its users."""
         if name not in self._programs:
-            made = Programs(energy(self), name, gauss_newton(self), self._compiled)
+            looped = self._how == "one by one"
+            made = Programs(energy(self), name, gauss_newton(self), self._compiled, looped)
             self._programs.setdefault(name, made)  # another thread may have been first
         return self._programs[name]
 
@@ -312,6 +311,28 @@ class Density:
 
     # -- private ----------------------------------------------------------------------------------
 
+    def _run_as(self, how: How) -> None:
+        """From now on: tasks together, with their laws apart from `vmap`, or one by one."""
+        self._how = how
+        self._batched, self._programs = {}, {}
+
+    def _over_tasks(self, draws: int, per_draw: bool) -> Callable[..., Tensor]:
+        """`_pointwise` for all tasks, with θ `[..., T, D]` of so many dimensions of draws."""
+        if self._how == "apart":
+            return rows_apart(self._observed_sites, draws, per_draw)
+        return over_tasks(self._pointwise, draws, per_draw, loop=self._how == "one by one")
+
+    def _mapped(self, function: Callable[..., Any], dims: Sequence[int | None]) -> Any:
+        """`function` over tasks; one by one where `vmap` cannot ask the law for its density."""
+        if self._how == "together":
+            return torch.vmap(function, tuple(dims))
+        return one_by_one(function, dims)
+
+    def _observed_sites(self, theta: Tensor, shared: Tensor, x: Tensor, y: Tensor) -> list[Any]:
+        """One task: the observed nodes of the model's trace."""
+        nodes = self._trace(theta, shared, x, y).nodes
+        return [nodes[name] for name in self.observed]
+
     def _pointwise(self, theta: Tensor, shared: Tensor, x: Tensor, y: Tensor) -> Tensor:
         """One task: `[D]`, `[P]` and its data to `[N]` nats."""
         return self._row_nats(self._trace(theta, shared, x, y), len(y))
@@ -333,26 +354,17 @@ class Density:
     def _row_nats(self, trace: Any, rows: int) -> Tensor:
         with validation_off(), BatchedOperations(self._compiled):
             trace.compute_log_prob(lambda name, site: name in self.observed)
-        each = [trace.nodes[n]["log_prob"].reshape(-1, rows) for n in self.observed]
-        # A sum over one is not free: it takes as long as the rest of a regression.
-        return reduce(add, [nats[0] if len(nats) == 1 else nats.sum(0) for nats in each])
+        return reduce(add, [by_row(trace.nodes[n]["log_prob"], 0, rows) for n in self.observed])
 
-    def _simulate(self, theta: Tensor, shared: Tensor, x: Tensor) -> dict[str, Tensor]:
-        try:
-            trace = self._trace(theta, shared, x, None)
-        except (AttributeError, TypeError) as error:
-            raise ValueError(
-                f"model failed with y=None: {reason(error)}. To predict it is "
-                "called as model(x, None); take the number of rows from x"
-            ) from error
-        missing = [name for name in self.observed if name not in trace.nodes]
-        if missing:
-            raise ValueError(
-                f"model has no site {missing[0]!r} when y is None; sample it there too, obs=None"
-            )
-        return {name: trace.nodes[name]["value"] for name in self.observed}
-
-    def _trace(self, theta: Tensor, shared: Tensor, x: Tensor, y: Tensor | None) -> Any:
+    def _trace(
+        self,
+        theta: Tensor,
+        shared: Tensor,
+        x: Tensor,
+        y: Tensor | None,
+        together: OwnDraws | None = None,
+    ) -> Any:
+        """The model's trace on one task; with `together` laws are drawn for all tasks at once."""
         values = self.constrain(theta)
         shared_values = self.constrain_shared(shared)
         params = {s.name: shared_values[s.name] for s in self.shared_sites if s.role == "param"}
@@ -363,8 +375,8 @@ class Density:
             pyro_untouched(),  # first: the others change what threads share
             validation_off(),
             poutine.block(),
-            Answer(params),
-            BatchedOperations(self._compiled),
+            Answer(params, None if together is None else partial(draw, theta, together)),
+            BatchedOperations(self._compiled, theta if self._how == "apart" else None),
         ):
             model = poutine.trace(poutine.condition(run, data=values))
             return model.get_trace(self.model, x, y, inside)
@@ -390,6 +402,14 @@ class Density:
         wanted = (self.shared_dim,) if shared.dim() == 1 else (*lead, self.shared_dim)
         if tuple(shared.shape) != wanted:
             raise ValueError(f"shared has shape {tuple(shared.shape)}, wanted {wanted}")
+        if self.joint and not bool(tasks.mask.all()):
+            count = tasks.num_rows
+            raise ValueError(
+                f"observed site {self.observed[0]!r} draws all rows of a task together, and tasks "
+                f"have {int(count.min())} to {int(count.max())} rows; wanted the same number in "
+                "each (that leaves out cross-validation, as of iMAML). If rows are independent, "
+                "put the site in a plate over rows, without .to_event over them"
+            )
         got = (tuple(tasks.inputs.shape[2:]), tuple(tasks.targets.shape[2:]))
         if got != (tuple(self.input_shape), tuple(self.target_shape)):
             raise ValueError(
@@ -414,14 +434,3 @@ class Density:
                 "the last two dimensions are tasks and coordinates"
             )
         self.check_data(tasks, shared, theta.shape[:-1])
-
-
-def _nested_vmap(function: Any, draws: int, per_draw: bool, random: bool = False) -> Any:
-    """`function(θ, φ, *data)` over tasks, then over each leading dimension of draws."""
-    randomness = "different" if random else "error"
-    data = 1 if random else 2
-    for level in range(draws + 1):
-        over_data = 0 if level == 0 else None
-        dims = (0, 0 if per_draw else None, *[over_data] * data)
-        function = torch.vmap(function, in_dims=dims, randomness=randomness)
-    return function

@@ -13,6 +13,9 @@ from torch.overrides import TorchFunctionMode
 from varmeta.models.convolution import product_conv2d, windows_overlap_little
 
 _PRODUCTS = {torch.matmul, torch.mv, Tensor.matmul, Tensor.__matmul__, Tensor.mv}
+_BLANKS = {torch.zeros, torch.ones, torch.full, torch.empty}
+_BLANKS |= {torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like, torch.clone}
+_BLANKS |= {Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_empty, Tensor.clone}
 
 
 class BatchedOperations(TorchFunctionMode):
@@ -25,13 +28,19 @@ class BatchedOperations(TorchFunctionMode):
     - Convolutions with a stride become products of windows where they will be compiled; as they
       are, copying the windows costs what the products save.
 
+    - With `anchor`, tensors made by `torch.zeros` and its kin are batched from the start, so that
+      a model or a law can write one task's numbers into them.
+    - `torch.isclose` takes two data types (PyTorch's generalised Pareto law mixes them).
+
     Args:
         compiled: what is recorded within will be compiled.
+        anchor: any floating tensor `[D]` that `vmap` batches; None leaves blank tensors alone.
     """
 
-    def __init__(self, compiled: bool = False) -> None:
+    def __init__(self, compiled: bool = False, anchor: Tensor | None = None) -> None:
         super().__init__()
         self.compiled = compiled
+        self.blank = None if anchor is None else anchor.detach().new_zeros(())
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {name: value for name, value in (kwargs or {}).items() if value is not None}
@@ -42,6 +51,11 @@ class BatchedOperations(TorchFunctionMode):
             return softplus(logits) - target * logits
         if func is torch.conv2d and self.compiled:
             return _convolution(*args, **(kwargs or {}))
+        if func is torch.isclose:
+            return func(args[0], args[1].to(args[0].dtype), *args[2:], **(kwargs or {}))
+        if func in _BLANKS and self.blank is not None:
+            made = func(*args, **(kwargs or {}))
+            return (made + self.blank).to(made.dtype)
         return func(*args, **(kwargs or {}))
 
 

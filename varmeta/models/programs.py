@@ -143,12 +143,15 @@ class Programs:
         gauss_newton: `gauss_newton(theta, *parameters)` to the product with the generalised
             Gauss–Newton matrix at θ, which has a graph; None if there is none.
         compiled: compile each recording with inductor, at its first call (seconds each).
+        looped: the function is a loop over tasks, of which no recording is made: it would hold the
+            model once for each task, and take minutes.
     """
 
     function: EnergyFunction
     name: str
     gauss_newton: Callable[..., Product] | None = None
     compiled: bool = False
+    looped: bool = False
     report: dict[str, str] = field(default_factory=dict)
     _calls: OrderedDict[Any, int] = field(default_factory=OrderedDict)
     _kept: dict[Any, Any] = field(default_factory=dict)
@@ -162,7 +165,7 @@ class Programs:
 
     def slope(self, theta: Tensor, parameters: Sequence[Tensor]) -> Derivative | None:
         """∇E for tensors of these shapes, if it is compiled."""
-        if not self.compiled:
+        if not self.compiled or self.looped:
             return None
         tensors = _plain([theta, *parameters])
         both = value_and_gradient(self.function)
@@ -235,6 +238,9 @@ class Programs:
 
     def _lookup(self, key: Any, record: Callable[[], Any]) -> Any:
         """The program kept for these shapes; recorded when they have come often enough."""
+        if self.looped:
+            self.report[key[0]] = "as written: the model is run task by task"
+            return None
         with ALONE:
             return self._seen(key, record)
 

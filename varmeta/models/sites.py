@@ -13,6 +13,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
+from varmeta.models.apart import draw_here
 from varmeta.models.laws import law_in
 from varmeta.models.moments import unconstrained_moments, unconstrained_range
 from varmeta.process import ignoring, pyro_untouched
@@ -116,15 +117,16 @@ def reason(error: Exception) -> str:
 
 
 class Answer(Messenger):
-    """Answer params with their values, and draw with `sample`.
+    """Answer params with their values, and draw with `draw`, one by one unless told otherwise.
 
-    `poutine.substitute` does not know the params of `pyro.module`; and `vmap` can batch `sample`
-    for more distributions than Pyro's `rsample`.
+    `poutine.substitute` does not know the params of `pyro.module`.
     """
 
-    def __init__(self, params: dict[str, Tensor]) -> None:
+    def __init__(
+        self, params: dict[str, Tensor], draw: Callable[[Any], Tensor] | None = None
+    ) -> None:
         super().__init__()
-        self.params = params
+        self.params, self.draw = params, draw or draw_here
 
     def _pyro_param(self, msg: Any) -> None:
         if msg["name"] in self.params:
@@ -133,7 +135,7 @@ class Answer(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["value"] is None and not msg["is_observed"]:
-            msg["value"] = msg["fn"].sample()
+            msg["value"] = self.draw(msg["fn"])
             msg["done"] = True
 
 
@@ -161,13 +163,13 @@ def _float_type(x: Tensor) -> torch.dtype:
 
 def read_sites(
     model: Model, x: Tensor, y: Tensor, shared: Sequence[str]
-) -> tuple[list[Site], list[str]]:
-    """The model's sites and the names of its observed sites.
+) -> tuple[list[Site], list[str], bool]:
+    """The model's sites, the names of its observed sites, and whether rows are one draw together.
 
     Raises:
         ValueError: whatever cannot be a task model: no observed or no latent site, a discrete
             latent, a latent whose shape follows the data or whose prior depends on another latent,
-            sites that change from run to run, a likelihood without one value per row.
+            sites that change from run to run, a likelihood without a value for each row or for all.
     """
     trace, again = probe(model, x, y, 0), probe(model, x, y, 1)
     nameless = next((name for name in trace.nodes if not name.strip()), None)
@@ -201,8 +203,8 @@ def read_sites(
             raise ValueError(
                 f"shared: no latent site {name!r}; the model has: {', '.join(sorted(names))}"
             )
-    _check_pointwise(trace, observed, len(y))
-    _check_pointwise(longer, observed, len(y) + 1)
+    joint = _is_joint(trace, observed, len(y))
+    joint = _is_joint(longer, observed, len(y) + 1) or joint
     sites: list[Site] = []
     for name, node in trace.nodes.items():
         if node["type"] == "param":
@@ -230,7 +232,7 @@ def read_sites(
             "model has no latent site that adapts to a task; write at least one "
             "pyro.sample(name, prior) that is not listed in shared"
         )
-    return sites, observed
+    return sites, observed, joint
 
 
 def _check_latent(name: str, node: Any, longer: Any, rows: int) -> None:
@@ -249,7 +251,13 @@ def _check_latent(name: str, node: Any, longer: Any, rows: int) -> None:
         )
 
 
-def _check_pointwise(trace: Any, observed: Sequence[str], rows: int) -> None:
+def _is_joint(trace: Any, observed: Sequence[str], rows: int) -> bool:
+    """Whether an observed site is one draw of all rows, as of a Gaussian process.
+
+    Raises:
+        ValueError: a log-likelihood that has neither one value per row nor one for all.
+    """
+    joint = False
     for name in observed:
         node = trace.nodes[name]
         law, value = node["fn"], node["value"]  # whether the value can be is asked of all tasks
@@ -263,12 +271,14 @@ def _check_pointwise(trace: Any, observed: Sequence[str], rows: int) -> None:
                 f"wanted one value per row, a batch shape of ({rows},). {_SIZE}, and leave no "
                 "other plate around the observed site"
             ) from None
-        if shape != (rows,):
+        joint |= not shape
+        if shape not in ((), (rows,)):
             raise ValueError(
                 f"observed site {name!r} has a log-likelihood of shape {shape} for {rows} rows; "
                 f"wanted one value per row, shape ({rows},): put it in one plate over rows, "
                 "not within another plate, with .to_event(k) for targets of k dimensions"
             )
+    return joint
 
 
 def _latent_site(name: str, node: Any, role: Any, like: Tensor) -> Site:

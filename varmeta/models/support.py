@@ -42,6 +42,10 @@ _FORMS = {
 }
 
 
+class FailedOnABatch(ValueError):
+    """What a model raised on a batch of tasks; the cause says what."""
+
+
 @contextmanager
 def on_a_batch() -> Iterator[None]:
     """What the model raises within is said to have come from a batch of tasks."""
@@ -50,10 +54,7 @@ def on_a_batch() -> Iterator[None]:
     except Exception as error:
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
             raise
-        raise ValueError(
-            f"model failed on a batch of tasks (torch.vmap): {reason(error)}. Replace Python "
-            "branches on values by torch.where, and draw random numbers with pyro.sample only"
-        ) from error
+        raise FailedOnABatch(f"model failed on a batch of tasks: {reason(error)}") from error
 
 
 def check_targets(density: Density, tasks: Tasks) -> None:
@@ -127,7 +128,7 @@ def _inside(
     size = max(1, _ROWS_AT_ONCE // tasks.mask.shape[1])
     with on_a_batch(), torch.no_grad():
         parts = [
-            torch.vmap(one)(x, y)
+            density._mapped(one, (0, 0))(x, y)
             for x, y in zip(tasks.inputs.split(size), tasks.targets.split(size), strict=True)
         ]
     return {
@@ -146,6 +147,8 @@ def rows_inside(node: Any, rows: int) -> tuple[Tensor, list[Tensor]]:
     """
     law, value = node["fn"], node["value"]
     dims = law.event_dim
+    if type(law).__name__.startswith("NanMasked"):  # which leaves out what is missing
+        value = value.nan_to_num()
     inside = (
         value.isfinite() if value.is_floating_point() else torch.ones_like(value, dtype=torch.bool)
     )
