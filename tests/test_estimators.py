@@ -265,7 +265,7 @@ def test_gate_in_a_subspace(momentum: float) -> None:
             tasks,
             algorithm=algorithm,
             estimator=estimator,
-            particles=4_000,
+            particles=2_000,
             seed=5,
         )
         for name, estimator in {
@@ -289,17 +289,18 @@ def test_gate_in_a_subspace(momentum: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "antithetic"), [*itertools.product(UNBIASED, [False, True]), ("evolution", False)]
+    ("name", "antithetic"),
+    [*((name, False) for name in (*UNBIASED, "evolution")), ("pathwise", True), ("gated", True)],
 )
 def test_intervals_cover(name: str, antithetic: bool) -> None:
-    """95% intervals of 1,000 repetitions cover 93% to 97%: by chance 0.4% of runs would not.
+    """95% intervals of 500 repetitions cover 92% to 98%: by chance 0.4% of runs would not.
 
     The repetitions are tasks, alike but for their names. 2,000 particles: the standard error is
     right with fewer, but the contributions are skewed, and an interval needs their mean to be
     normal too (with 400 in a harder place it covered 82% for the scale).
     """
     estimator = EvolutionStrategies(width=1e-3) if name == "evolution" else UNBIASED[name]
-    tasks = two_wells(1000)
+    tasks = two_wells(500)
     algorithm = Langevin(run_length=8, step_size=0.03, temperature=0.5)
     got = meta_gradient(
         Density(wells, tasks),
@@ -313,10 +314,10 @@ def test_intervals_cover(name: str, antithetic: bool) -> None:
     )
     truth = torch.from_numpy(exact_gradient(wells, 0.0, algorithm)[1])
     covered = (z_scores(got, truth).abs() < 1.96).double().mean(0)
-    assert ((covered > 0.93) & (covered < 0.97)).all(), covered
-    # What is stated is also the spread that the 1,000 show (relative error of an sd: 2.2%).
+    assert ((covered > 0.92) & (covered < 0.98)).all(), covered
+    # What is stated is also the spread that the 500 show (relative error of an sd: 3.2%).
     spread = flat(got.mean).std(0) / (flat(got.standard_error) ** 2).mean(0).sqrt()
-    assert ((spread - 1).abs() < 0.1).all(), spread
+    assert ((spread - 1).abs() < 0.12).all(), spread
 
 
 def test_antithetic_noise_cancels_what_is_odd() -> None:

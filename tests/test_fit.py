@@ -138,10 +138,10 @@ def test_on_step_sees_every_step() -> None:
         replace(JOINT, resets=Reset(3)),
         replace(JOINT, q="delta"),
         replace(JOINT, steps=150),  # long enough for the model to be recorded in one run only
-        JointVariational(),
-        IMAML(steps=30),
+        JointVariational(steps=160),
+        IMAML(steps=12),
     ],
-    ids=str,
+    ids=["resets", "points", "recorded", "solved", "imaml"],
 )
 @pytest.mark.parametrize("batch_size", [None, 2])
 def test_a_resumed_run_is_the_uninterrupted_one(

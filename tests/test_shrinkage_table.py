@@ -305,13 +305,15 @@ def test_it_prints_a_table() -> None:
     assert "adapted from 0.1" in text and "\x1b" not in text
 
 
+ONE = case_of(LinearGaussian.random(3, num_tasks=4), shared_noise=True)  # recorded once for all
+
+
 @pytest.mark.parametrize("entry", CATALOGUE.values(), ids=CATALOGUE.keys())
 def test_every_strategy_has_one(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nuts, "_QUICK_STEPS", 10)
     with warnings.catch_warnings():  # few steps and draws are reported, as they should be
         warnings.simplefilter("ignore", RuntimeWarning)
-        case = case_of(LinearGaussian.random(3, num_tasks=4), shared_noise=True)
-        done = fit(entry.strategy, case.density, case.tasks.support, progress=False)
+        done = fit(entry.strategy, ONE.density, ONE.tasks.support, progress=False)
         table = done.shrinkage().table
     assert len(table) == 1 and np.isfinite(table["cost"][0])
     assert table["movement"][0] > 0 and table["relative"][0] > 0
