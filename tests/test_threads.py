@@ -14,7 +14,8 @@ from test_global_state import snapshot
 
 import varmeta as vm
 from varmeta.inference import nuts
-from varmeta.seeds import DRAW_FROM_GLOBAL_STATE, TAKE_A_GENERATOR, generator, global_rng
+from varmeta.seeds import AS_ANOTHER, DRAW_FROM_GLOBAL_STATE, TAKE_A_GENERATOR, OwnDraws
+from varmeta.seeds import generator, global_rng
 
 CASE = case_of(LinearGaussian.random(3, num_tasks=4, dim=2), shared_noise=True)
 TRAIN = CASE.tasks.support
@@ -101,7 +102,7 @@ def test_the_lock_is_free_after_an_error() -> None:
 
 def test_every_operation_that_draws_is_known() -> None:
     """All of PyTorch's that are tagged as drawing, by the names that Python calls them."""
-    known, found = TAKE_A_GENERATOR | DRAW_FROM_GLOBAL_STATE, set()
+    known, found = TAKE_A_GENERATOR | DRAW_FROM_GLOBAL_STATE | AS_ANOTHER.keys(), set()
     spaces = (torch, torch.Tensor, torch.nn.functional)
     for schema in torch._C._jit_get_all_schemas():
         name = schema.name.removeprefix("aten::")
@@ -127,15 +128,27 @@ DRAWS = {
         torch.zeros(3)
     ),
     "like": lambda: torch.randn_like(torch.ones(3)),
+    "like, of another kind": lambda: torch.rand_like(
+        input=torch.ones(2, 9, dtype=torch.half), dtype=torch.float64, memory_format=None
+    ),
     "dropout": lambda: torch.nn.functional.dropout(torch.ones(9)),
     "init": lambda: torch.nn.Linear(3, 2).weight.detach(),
+    "init by hand": lambda: torch.nn.init.trunc_normal_(torch.nn.init.orthogonal_(torch.ones(3, 3))),
     "two kinds": lambda: torch.cat([torch.rand(2), torch.rand_like(torch.ones(2)), torch.rand(2)]),
 }
 
 
+EXCHANGED = {"dropout"}  # PyTorch's operation takes no generator
+
+
 @pytest.mark.parametrize("name", DRAWS)
-def test_own_draws_are_those_of_the_seed(name: str) -> None:
-    """As from PyTorch's global state with that seed, which itself stays where it is."""
+def test_own_draws_are_those_of_the_seed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from PyTorch's global state with that seed, which itself stays where it is, all the time.
+
+    An exchange for a moment would disturb another thread's draws.
+    """
+    if name not in EXCHANGED:
+        monkeypatch.delattr(OwnDraws, "_exchanged")
     source = generator(7)
     seed = int(torch.randint(2**62, (), generator=generator(7)))
     with torch.random.fork_rng():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ _TAKING = """
     _sample_dirichlet
 """
 _GLOBAL = """
-    rand_like randn_like randint_like dropout dropout_ dropout1d dropout2d dropout3d alpha_dropout
+    randint_like dropout dropout_ dropout1d dropout2d dropout3d alpha_dropout
     alpha_dropout_ feature_dropout feature_dropout_ feature_alpha_dropout feature_alpha_dropout_
     native_dropout rrelu rrelu_ rrelu_with_noise rrelu_with_noise_ gumbel_softmax
     fractional_max_pool2d fractional_max_pool2d_with_indices fractional_max_pool3d
@@ -30,6 +31,7 @@ _GLOBAL = """
     gru lstm rnn_relu rnn_tanh miopen_rnn pca_lowrank svd_lowrank
 """
 TAKE_A_GENERATOR = frozenset(_TAKING.split())
+AS_ANOTHER = {"rand_like": torch.rand, "randn_like": torch.randn}  # which take a generator
 DRAW_FROM_GLOBAL_STATE = frozenset(_GLOBAL.split())
 
 
@@ -76,8 +78,8 @@ class OwnDraws(TorchFunctionMode):
     """Within it, on this thread alone, operations that draw take their numbers from one seed.
 
     Those that can be given a generator are given one, and the global state is not touched. The few
-    that cannot (dropout, a recurrent layer's, what `torch.nn.init` does within) run with the global
-    state exchanged for that operation: a draw of another thread in these microseconds is disturbed.
+    that cannot (dropout, a recurrent layer's) run with the global state exchanged for that
+    operation: a draw of another thread in these microseconds is disturbed.
     """
 
     def __init__(self, seed: int) -> None:
@@ -91,10 +93,23 @@ class OwnDraws(TorchFunctionMode):
             like = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
             device = kwargs.get("device") or (like.device if like is not None else None)
             return func(*args, **kwargs | {"generator": self._generator(device)})
-        if name in DRAW_FROM_GLOBAL_STATE or getattr(func, "__module__", "") == "torch.nn.init":
+        if name in AS_ANOTHER:
+            return self._like(AS_ANOTHER[name], *args, **kwargs)
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            if "generator" in signature(func).parameters and kwargs.get("generator") is None:
+                device = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)).device
+                kwargs = kwargs | {"generator": self._generator(device)}
+            return func(*args, **kwargs)
+        if name in DRAW_FROM_GLOBAL_STATE:
             with self._exchanged(), torch._C.DisableTorchFunction():
                 return func(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _like(self, draw: Any, input: Tensor, *, memory_format: Any = None, **given: Any) -> Any:
+        given = {"dtype": input.dtype, "device": input.device} | {
+            name: value for name, value in given.items() if value is not None
+        }
+        return draw(input.shape, **given, generator=self._generator(given["device"]))
 
     def _generator(self, device: torch.device | str | int | None) -> torch.Generator:
         where = torch.get_default_device() if device is None else torch.device(device)
