@@ -422,7 +422,7 @@ def test_running_a_model_leaves_its_fingerprint(make: Any) -> None:
     """Also where it counts its calls, or PyTorch keeps what it has computed."""
     density, tasks = make()
     before = of(density, tasks)
-    fit(JOINT, density, tasks).adapt(tasks)
+    fit(JOINT, density, tasks).adapt(tasks.support)
     assert differences(before, of(density, tasks)) == {}
 
 

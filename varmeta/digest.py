@@ -6,6 +6,7 @@ import dis
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import is_dataclass
 from functools import cached_property, partial
 from hashlib import sha256
 from typing import Any
@@ -59,8 +60,8 @@ def digests_of(thing: Any, *, contents: bool = True) -> dict[str, str]:
     """Of a function or another callable, a hash of each part that a user has a name for.
 
     Its code under "", and by its name whatever else it reads: globals, variables around it,
-    defaults; of an object (a module, a method's `self`) its `attributes`, in one. Without what it
-    sets itself, as `global count`.
+    defaults; the fields of a dataclass; of another object (a module, a method's `self`) its
+    `attributes`, in one. Without what it sets itself, as `global count`.
 
     Args:
         thing: the callable.
@@ -274,8 +275,13 @@ def _named_parts(thing: Any) -> Iterator[tuple[str, Any]]:
         yield from _function_parts(thing)
         return
     yield "", thing if isinstance(thing, type) else type(thing)
-    if not isinstance(thing, type):
-        yield "attributes", _reduced(thing)
+    if isinstance(thing, type):
+        return
+    reduced = _reduced(thing)
+    if is_dataclass(thing) and isinstance(reduced, tuple) and isinstance(reduced[2], dict):
+        yield from reduced[2].items()  # its fields
+    else:
+        yield "attributes", reduced
 
 
 def _function_parts(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
