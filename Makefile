@@ -10,7 +10,7 @@ TORCH := "$$(grep '^torch==' constraints.txt)"
 PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test bench kills fleet fleet-references gpu check format test-arviz1 clean
+.PHONY: help venv demo test bench kills trust fleet fleet-references gpu check format test-arviz1 clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,9 @@ bench: .venv/.bench ## seconds per meta-step against JAX, TorchOpt and others; F
 
 kills: venv ## runs of every strategy killed by SIGKILL, and a full disk: what is lost (20 minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.kills
+
+trust: venv ## stale resumes, bad inputs, threads: what is refused, and the page of it (6 minutes)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.trust
 
 fleet: venv ## every strategy on 27 real data sets, beside NUTS and maximum likelihood (hours)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.fleet $(FLEET_ARGS)

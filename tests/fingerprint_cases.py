@@ -1,128 +1,21 @@
-"""Models and streams of many kinds, whose fingerprints must be the same in every process."""
+"""Fingerprints of everything, which must be the same in every process."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
-import pyro
-import pyro.distributions as dist
-import torch
 from catalogue import CATALOGUE
-from pyro.nn import PyroModule, PyroSample
-from torch import Tensor
 
-from varmeta import Density, GaussianPrior, JointVariational, Tasks, TaskSource, fit
+from benchmarks import stale
+from benchmarks.stale import JOINT
+from benchmarks.stale_models import DENSITIES, around, data
+from varmeta import Density, GaussianPrior, TaskSource
 from varmeta.digest import digest
 from varmeta.fingerprint import fingerprint
-from varmeta.models import linear_modules, network, sinusoids
-from varmeta.problems import county
-from varmeta.seeds import generator
-
-F64 = torch.float64
-JOINT = JointVariational(q="delta", steps=4, adapt_steps=2)
-SCALE = 2.0
-OPTIONS = {"tails": {"light", "heavy", "none"}, "laws": [dist.Normal, dist.StudentT]}
-LAW = dist.LogNormal(torch.tensor(0.0, dtype=F64), 1.0)
-
-
-def data(count: int = 3) -> Tasks:
-    rng = generator(0)
-    draw = partial(torch.randn, generator=rng, dtype=F64)
-    pairs = [(draw(n, 1), draw(n)) for n in (4, 3, 5, 4)[:count]]
-    names = ["beta", "alpha", "gamma", "delta"][:count]
-    return Tasks.from_list(pairs, names=names, input_names=["dose"]).split(0.3)
-
-
-def mean_of(theta: Tensor, x: Tensor) -> Tensor:
-    return theta * x[..., 0] * SCALE
-
-
-def line(x: Tensor, y: Tensor | None = None) -> Tensor:
-    theta = pyro.sample("theta", dist.Normal(0.0, 2.0))
-    law = OPTIONS["laws"][0] if "light" in OPTIONS["tails"] else dist.Cauchy
-    with pyro.plate("rows", x.shape[-2]):
-        return pyro.sample("y", law(mean_of(theta, x), 0.5), obs=y)
-
-
-def noisy(x: Tensor, y: Tensor | None = None) -> Tensor:
-    theta = pyro.sample("theta", dist.Normal(0.0, 2.0))
-    noise = pyro.sample("noise", LAW)
-    with pyro.plate("rows", x.shape[-2]):
-        return pyro.sample("y", dist.Normal(theta * x[..., 0], noise), obs=y)
-
-
-def around(noise: float, prior: float = 2.0, site: str = "theta") -> Callable[..., Tensor]:
-    """A model in a closure."""
-
-    def model(x: Tensor, y: Tensor | None = None) -> Tensor:
-        theta = pyro.sample(site, dist.Normal(0.0, prior))
-        with pyro.plate("rows", x.shape[-2]):
-            return pyro.sample("y", dist.Normal(theta * x[..., 0], noise), obs=y)
-
-    return model
-
-
-class Regression(PyroModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.bias = torch.nn.Parameter(torch.tensor(0.5, dtype=F64))
-        self.weight = PyroSample(dist.Normal(torch.tensor(0.0, dtype=F64), 1.0))
-
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        mean = self.weight * x[..., 0] + self.bias
-        with pyro.plate("rows", x.shape[-2]):
-            return pyro.sample("y", dist.Normal(mean, 0.5), obs=y)
-
-
-def counting() -> Callable[..., Tensor]:
-    """A model that keeps a count, a list and a cache as it runs."""
-    plain, calls, seen = around(0.5), 0, []
-
-    @lru_cache
-    def half(rows: int) -> float:
-        return 0.5 * rows
-
-    def model(x: Tensor, y: Tensor | None = None) -> Tensor:
-        nonlocal calls
-        calls += 1
-        seen.append(tuple(x.shape))
-        half(len(x))
-        return plain(x, y)
-
-    return model
-
-
-def mlp() -> Callable[..., Any]:
-    torch.manual_seed(0)
-    net = torch.nn.Sequential(torch.nn.Linear(1, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1))
-    return network(net.double(), lambda out: dist.Normal(out[:, 0], 0.3))
-
-
-def two_inputs() -> Tasks:
-    x = torch.ones(3, 2, dtype=F64)
-    return Tasks.from_list([(x, x[:, 0]), (2 * x, x[:, 0])], names="ab")
-
-
-def planted() -> Tasks:
-    return linear_modules(3, support=2, query=2)(generator(0))
-
-
-# A density, and tasks of its kind.
-DENSITIES: dict[str, Callable[[], tuple[Density, Tasks]]] = {
-    "function": lambda: (Density(line, data()), data()),
-    "shared law": lambda: (Density(noisy, data(), shared=["noise"]), data()),
-    "closure": lambda: (Density(around(0.5), data()), data()),
-    "module": lambda: (Density(Regression(), data()), data()),
-    "network": lambda: (Density(mlp(), data()), data()),
-    "library's": lambda: (Density(county, two_inputs(), shared=["noise"]), two_inputs()),
-    "method": lambda: (Density(linear_modules(3).model, planted()), planted()),
-    "counting": lambda: (Density(counting(), data()), data()),
-    "partial": lambda: (Density(partial(line), data()), data()),
-}
+from varmeta.models import linear_modules, sinusoids
 
 
 def of(
@@ -148,6 +41,7 @@ def everything() -> dict[str, Any]:
     return found
 
 
-if __name__ == "__main__":  # a new process, which goes on with the checkpoint that is named
-    done = fit(JOINT, Density(noisy, data(), shared=["noise"]), data(), checkpoint=sys.argv[1])
-    print(json.dumps({"history": done.history["loss"].tolist(), "found": everything()}))
+if __name__ == "__main__":  # a new process, which goes on with the runs that are in a folder
+    folder = Path(sys.argv[1])
+    stale.take_up(folder)
+    (folder / "everything.json").write_text(json.dumps(everything()))

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,215 +15,86 @@ import pyro.distributions as dist
 import pytest
 import torch
 from catalogue import CATALOGUE
-from fingerprint_cases import JOINT, around, data, of
+from fingerprint_cases import of
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
-from torch import Tensor
 
+from benchmarks import stale
+from benchmarks.stale import DENSITY, JOINT, STALE, TASKS
+from benchmarks.stale_models import DENSITIES, around, data
 from varmeta import (
     CompletePooling,
     Density,
-    GaussianPrior,
-    Modules,
     PyroSVI,
     Tasks,
     TaskSource,
     compare,
     fit,
 )
-from varmeta import fingerprint as fingerprint_module
 from varmeta.cli import load_model
 from varmeta.digest import digest, digests_of
 from varmeta.fingerprint import differences, in_words
-from varmeta.inference.base import StepInfo
-from varmeta.models import sinusoids
+from varmeta.models import network, sinusoids
 
 F64 = torch.float64
-TASKS = data()
-DENSITY = Density(around(0.5), TASKS)
 
 
-def stop(step: int, info: StepInfo) -> None:
-    if step == 2:
-        raise KeyboardInterrupt
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> stale.Shelf:
+    return stale.Shelf(tmp_path_factory.mktemp("shelf"))
 
 
 @pytest.fixture(scope="module")
 def halves(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Checkpoints of the same run: one stopped after two of four steps, one finished."""
+    """A run stopped after two of four steps."""
     folder = tmp_path_factory.mktemp("halves")
-    with pytest.raises(KeyboardInterrupt):
-        fit(JOINT, DENSITY, TASKS, checkpoint=folder / "half.pt", on_step=stop)
-    fit(JOINT, DENSITY, TASKS, checkpoint=folder / "whole.pt")
+    stale.keep(stale.UNFINISHED, folder / "half.pt", stale.given())
     return folder
 
 
-def prior(**options: Any) -> GaussianPrior:
-    return GaussianPrior.from_density(DENSITY, **options)
-
-
-def heavy(x: Tensor, y: Tensor | None = None) -> Tensor:
-    theta = pyro.sample("theta", dist.Normal(0.0, 2.0))
-    with pyro.plate("rows", x.shape[-2]):
-        return pyro.sample("y", dist.StudentT(3.0, theta * x[..., 0], 0.5), obs=y)
-
-
-def moved(name: str, amount: float, where: int | None = None) -> Tasks:
-    values = getattr(TASKS, name).clone()
-    values[... if where is None else where] += amount
-    return replace(TASKS, **{name: values})
-
-
-# What is changed, and the only topics that a refusal may name.
-STALE: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
-    "data + 100": (lambda: {"tasks": moved("targets", 100.0)}, "the targets"),
-    "one target": (lambda: {"tasks": moved("targets", 1e-9, 2)}, "the targets"),
-    "inputs": (lambda: {"tasks": moved("inputs", 0.5)}, "the inputs"),
-    "order": (lambda: {"tasks": TASKS.select([2, 1, 0])}, "the order of the tasks"),
-    "names": (
-        lambda: {"tasks": replace(TASKS, names=("beta", "alpha", "gamut"))},
-        "the names of the tasks",
-    ),
-    "columns": (
-        lambda: {"tasks": replace(TASKS, input_names=("weight",))},
-        "the names of inputs and target (dose, target, now weight, target)",
-    ),
-    "split": (lambda: {"tasks": TASKS.split(0.3, seed=5)}, "the split"),
-    "no split": (lambda: {"tasks": TASKS.unsplit}, "the split (4 query rows, now none)"),
-    "prior": (
-        lambda: {"prior": replace(prior(), log_scale=prior().log_scale + 1)},
-        "the prior's scales",
-    ),
-    "start": (lambda: {"prior": replace(prior(), loc=prior().loc + 0.01)}, "the prior's location"),
-    "bounds": (lambda: {"prior": prior(bounds=(0.01, 10.0))}, "the prior's bounds"),
-    "low rank": (lambda: {"prior": prior(rank=1)}, "the prior's low-rank part"),
-    "hyperprior": (
-        lambda: {"prior": prior(scale_law="half-cauchy")},
-        "the hyperprior (half-normal scales, now half-cauchy scales)",
-    ),
-    "no hyperprior": (
-        lambda: {"prior": prior(hyperprior=False)},
-        "the hyperprior (half-normal scales, now none)",
-    ),
-    "modules": (
-        lambda: {"prior": prior(scales=Modules(("other",), torch.zeros(1, dtype=torch.long)))},
-        "the prior's modules",
-    ),
-    "likelihood": (lambda: {"density": Density(heavy, TASKS)}, "the model's code"),
-    "its constant": (lambda: {"density": Density(around(0.6), TASKS)}, "the model's noise"),
-    "user's prior": (
-        lambda: {"density": Density(around(0.5, prior=20.0), TASKS), "prior": prior()},
-        "the model's prior, the latent 'theta' (Normal(0, 2) on Real, shape (), now Normal(0, 20) "
-        "on Real, shape ())",
-    ),
-    "renamed site": (
-        lambda: {"density": Density(around(0.5, site="psi"), TASKS)},
-        "the model's site, the latent 'psi' (new), the prior's modules, the latent 'theta' (gone)",
-    ),
-    "batch size": (lambda: {"batch_size": 2}, "batch_size (None, now 2)"),
-    "seed": (lambda: {"seed": 1}, "seed (0, now 1)"),
-    "setting": (
-        lambda: {"strategy": replace(JOINT, adapt_steps=3)},
-        "the strategy (adapt_steps=2, now adapt_steps=3)",
-    ),
-}
-
-
 def asked(change: dict[str, Any], path: Path) -> Any:
-    given = {"strategy": JOINT, "density": DENSITY, "tasks": TASKS, **change}
-    return fit(**given, checkpoint=path)
+    return fit(**stale.given(**change), checkpoint=path)
 
 
-@pytest.mark.parametrize("state", ["half.pt", "whole.pt"])
+@pytest.mark.parametrize("what", stale.KEPT)
 @pytest.mark.parametrize("name", STALE)
-def test_a_stale_checkpoint_is_refused(name: str, state: str, halves: Path, tmp_path: Path) -> None:
-    """With the topic that differs and no other; neither a step is run nor the file touched."""
-    path = tmp_path / "run.pt"
-    shutil.copy(halves / state, path)
-    before = path.read_bytes()
-    change, wanted = STALE[name]
-    with pytest.raises(ValueError, match="is of another run; it differs in ") as caught:
-        asked(change(), path)
-    found = str(caught.value).split("it differs in ")[1].split(". Give the same arguments")[0]
-    assert found == wanted
-    assert path.read_bytes() == before
+def test_what_is_stale_is_refused(name: str, what: str, shelf: stale.Shelf, tmp_path: Path) -> None:
+    """With the topic that differs and no other; neither a step is run nor a file touched.
+
+    A finished run under other versions of PyTorch or Pyro may be read, with a warning.
+    """
+    kind = STALE[name]
+    if what not in kind.kept:
+        pytest.skip("has no such argument")
+    found, said = stale.outcome(kind, what, shelf.copy(kind, what, tmp_path / "run.pt"))
+    assert found == stale.wanted(kind, what), said
 
 
-def test_float32_data_are_other_data(halves: Path) -> None:
-    single = TASKS.to(torch.float32)
-    with pytest.raises(ValueError, match=r"the inputs \(float64, now float32\), the targets \(fl"):
-        asked({"tasks": single, "density": Density(around(0.5), single)}, halves / "half.pt")
+@pytest.mark.parametrize("what", stale.KEPT)
+def test_what_is_not_stale_is_taken_up(
+    what: str, shelf: stale.Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the outcomes above could be others."""
+    monkeypatch.setattr("varmeta.comparison._write", lambda *_: None)
+    same = stale.Kind(dict, "")
+    path = shelf.copy(same, what, tmp_path / "run.pt")
+    assert stale.outcome(same, what, path) == ("taken up", "")
 
 
-@pytest.fixture
-def double_by_default() -> Iterator[None]:
-    torch.set_default_dtype(F64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-@pytest.mark.usefixtures("double_by_default")
-def test_so_is_another_default_dtype(halves: Path) -> None:
-    with pytest.raises(ValueError, match=r"default dtype \(float32, now float64\)\."):
-        asked({}, halves / "half.pt")
-
-
-def test_streams_are_told_apart() -> None:
-    """By seed, settings, code, and what they draw."""
+def test_what_a_stream_draws_counts() -> None:
+    """Also where its code, and what that reads, are the same objects."""
     batch = {"files": TASKS}
-
-    def read(rng: torch.Generator) -> Tasks:
-        return batch["files"]
-
-    def doubled(rng: torch.Generator) -> Tasks:
-        return batch["files"].to(None)
-
-    source = TaskSource(sinusoids(num_tasks=3, support=2, query=2))
-    first = of(DENSITY, source)
-    assert (
-        differences(first, of(DENSITY, TaskSource(sinusoids(num_tasks=3, support=2, query=2))))
-        == {}
-    )
-    assert (
-        "the stream's seed (0, now 1)"
-        in differences(
-            first, of(DENSITY, TaskSource(sinusoids(num_tasks=3, support=2, query=2), seed=1))
-        ).values()
-    )
-    assert set(
-        differences(first, of(DENSITY, TaskSource(sinusoids(num_tasks=3, support=2, query=3))))
-    ) == {
-        "the stream's query",
-        "the stream's first batches",
-    }
-    stored = TaskSource(read)
+    stored = TaskSource(lambda rng: batch["files"])
     before = of(DENSITY, stored)
-    assert set(differences(before, of(DENSITY, TaskSource(doubled)))) == {"the stream's code"}
-    batch["files"] = moved("targets", 1.0)
+    assert differences(before, of(DENSITY, stored)) == {}
+    batch["files"] = stale.moved("targets", 1.0)
     assert set(differences(before, of(DENSITY, stored))) == {"the stream's first batches"}
     assert "the names of the tasks (gone)" in differences(of(DENSITY, TASKS), before).values()
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "topic"),
-    [
-        ("SCALE", 3.0, "the model's mean_of"),
-        ("mean_of", lambda theta, x: theta + x[..., 0], "the model's mean_of"),
-        ("OPTIONS", {"tails": {"light"}, "laws": [dist.Normal]}, "the model's OPTIONS"),
-    ],
-)
-def test_what_a_model_reads_counts(
-    name: str, value: Any, topic: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Globals, and those of the functions that it calls."""
-    before = of(Density(cases.line, TASKS))
-    monkeypatch.setattr(cases, name, value)
-    assert set(differences(before, of(Density(cases.line, TASKS)))) == {topic}
 
 
 def test_weights_of_a_network_count() -> None:
     torch.manual_seed(0)
     net = torch.nn.Linear(1, 1).double()
-    model = cases.network(net, lambda out: dist.Normal(out[:, 0], 0.3))
+    model = network(net, lambda out: dist.Normal(out[:, 0], 0.3))
     before = of(Density(model, TASKS))
     with torch.no_grad():
         net.bias += 1
@@ -339,24 +205,7 @@ def test_a_message_names_the_first_few() -> None:
     assert words.endswith("topic 7 (7, now 8) and 12 more")
 
 
-# -- versions, and files that say nothing ----------------------------------------------------------
-
-
-@pytest.mark.parametrize(("name", "read"), [("torch", True), ("pyro", True), ("varmeta", False)])
-def test_versions(
-    name: str, read: bool, halves: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A run goes on under the same ones alone; a finished one may be read under others."""
-    other = fingerprint_module._VERSIONS | {name: "0.0.1"}
-    monkeypatch.setattr(fingerprint_module, "_VERSIONS", other)
-    with pytest.raises(ValueError, match=rf"differs in {name} \(.*, now 0\.0\.1\)"):
-        asked({}, halves / "half.pt")
-    if read:
-        with pytest.warns(RuntimeWarning, match=rf"finished run under other versions: {name} \("):
-            assert asked({}, Path(shutil.copy(halves / "whole.pt", tmp_path))).finished
-    else:
-        with pytest.raises(ValueError, match="differs in varmeta"):
-            asked({}, halves / "whole.pt")
+# -- files that say nothing ------------------------------------------------------------------------
 
 
 def test_a_checkpoint_that_does_not_say_what_it_is(halves: Path, tmp_path: Path) -> None:
@@ -388,26 +237,15 @@ def test_a_saved_fit_can_be_taken_up(tmp_path: Path) -> None:
 def test_another_process_finds_the_same(tmp_path: Path) -> None:
     """Whatever its addresses and the order of its sets: every model, strategy and stream.
 
-    The new process also takes the checkpoint up that this one has stopped.
+    The new process also takes a checkpoint up that this one has stopped.
     """
-    path, density = tmp_path / "run.pt", Density(cases.noisy, TASKS, shared=["noise"])
-    whole = fit(JOINT, density, TASKS)
-    with pytest.raises(KeyboardInterrupt):
-        fit(JOINT, density, TASKS, checkpoint=path, on_step=stop)
-    seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
-    ran = subprocess.run(
-        [sys.executable, cases.__file__, path],
-        env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    there = json.loads(ran.stdout)
-    assert there["history"] == whole.history["loss"].tolist()
+    found = stale.again(tmp_path, [sys.executable, cases.__file__], "model: shared law")
+    assert found == {"model: shared law": "goes on"}
+    there = json.loads((tmp_path / "everything.json").read_text())
     here = cases.everything()
-    assert there["found"].keys() == here.keys()
+    assert there.keys() == here.keys()
     for name, found in here.items():
-        assert there["found"][name] == found, name
+        assert there[name] == found, name
 
 
 def test_strategies_of_the_catalogue_are_told_apart() -> None:
@@ -417,7 +255,7 @@ def test_strategies_of_the_catalogue_are_told_apart() -> None:
     assert len(set(found.values())) == len(CATALOGUE)
 
 
-@pytest.mark.parametrize("make", cases.DENSITIES.values(), ids=cases.DENSITIES)
+@pytest.mark.parametrize("make", DENSITIES.values(), ids=DENSITIES)
 def test_running_a_model_leaves_its_fingerprint(make: Any) -> None:
     """Also where it counts its calls, or PyTorch keeps what it has computed."""
     density, tasks = make()
@@ -488,7 +326,7 @@ def test_no_random_numbers_and_nothing_of_pyros() -> None:
     state = torch.get_rng_state()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        cases.of(DENSITY, TaskSource(sinusoids(num_tasks=3, support=2, query=2)))
+        of(DENSITY, TaskSource(sinusoids(num_tasks=3, support=2, query=2)))
     assert torch.equal(torch.get_rng_state(), state)
     assert list(pyro.get_param_store()) == ["mine"]
     pyro.get_param_store().clear()

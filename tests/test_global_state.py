@@ -2,52 +2,23 @@
 
 from __future__ import annotations
 
-import random
 import subprocess
 import sys
 
-import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from density_cases import CASES, FLOAT, Network, build, numbers, reals, values
-from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta
 from torch.distributions import Distribution, constraints
 
+from benchmarks.threads import flags, snapshot
 from varmeta.models.density import Density
 from varmeta.models.hierarchy import hierarchy
 from varmeta.models.prior import GaussianPrior
 from varmeta.seeds import generator
-
-
-def flags():
-    return (
-        Distribution._validate_args,
-        pyro.distributions.is_validation_enabled(),
-        pyro.infer.util.is_validation_enabled(),
-        poutine.util.is_validation_enabled(),
-    )
-
-
-def snapshot():
-    store = pyro.get_param_store()
-    numpy_state = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state().tolist(),
-        "numpy": (numpy_state[1].tolist(), numpy_state[2:]),
-        "python": random.getstate(),
-        "flags": flags(),
-        "dtype": torch.get_default_dtype(),
-        "grad": torch.is_grad_enabled(),
-        "names": list(store._params),
-        "tensors": {n: (id(p), p.requires_grad, p.tolist()) for n, p in store._params.items()},
-        "links": {id(p): n for p, n in store._param_to_name.items()},
-        "constraints": {n: str(c) for n, c in store._constraints.items()},
-        "handlers": len(pyro.poutine.runtime._PYRO_STACK),
-    }
 
 
 @pytest.fixture(params=["on", "off", "torch's alone", "pyro's alone"])

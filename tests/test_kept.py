@@ -8,12 +8,12 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
-from fingerprint_cases import around, data
 from helpers import assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import varmeta.comparison as comparison
+from benchmarks.stale_models import around, data
 from varmeta import (
     MAML,
     CompletePooling,

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import warnings
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier, Event, Thread
+from functools import partial
 
+import pyro
 import pytest
 import torch
 from helpers import assert_same, case_of, linear_model
 from linear_gaussian import LinearGaussian
-from test_global_state import snapshot
 
 import varmeta as vm
+from benchmarks import threads
 from varmeta.inference import nuts
-from varmeta.seeds import AS_ANOTHER, DRAW_FROM_GLOBAL_STATE, TAKE_A_GENERATOR, OwnDraws
-from varmeta.seeds import generator, global_rng
+from varmeta.seeds import (
+    AS_ANOTHER,
+    DRAW_FROM_GLOBAL_STATE,
+    TAKE_A_GENERATOR,
+    OwnDraws,
+    generator,
+    global_rng,
+)
 
 CASE = case_of(LinearGaussian.random(3, num_tasks=4, dim=2), shared_noise=True)
 TRAIN = CASE.tasks.support
@@ -34,58 +40,38 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nuts, "_QUICK_STEPS", 10)
 
 
-def everything(name: str, density: vm.Density, before=lambda: None) -> dict[str, object]:
-    """A fit, a task adapted to, and its predictions: all that comes out of them."""
-    before()
-    result = vm.fit(TOGETHER[name], density, TRAIN, progress=False)
-    posterior = result.adapt(CASE.tasks.query)
-    return {
-        "state": result.state.state_dict(),
-        "losses": result.history["loss"].tolist(),
-        "mean": posterior.mean,
-        "sd": posterior.sd,
-        "drawn": posterior.predict(TRAIN, 5, generator(0)),
-    }
-
-
 def fresh() -> vm.Density:
-    tasks = CASE.tasks
-    return vm.Density(linear_model(2), tasks, shared=["noise"])
+    return vm.Density(linear_model(2), CASE.tasks, shared=["noise"])
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_fits_in_threads_are_those_alone() -> None:
     """All at once, half of them on one density; one more thread draws numbers meanwhile."""
+
+    def everything(name: str, density: vm.Density) -> dict[str, object]:
+        return threads.everything(TOGETHER[name], density, TRAIN, CASE.tasks.query)
+
     alone = {name: everything(name, fresh()) for name in TOGETHER}
-    one, start = fresh(), Barrier(len(TOGETHER))
-    torch.manual_seed(3)
-    wanted = [torch.randn(3) for _ in range(2000)]
-    torch.manual_seed(3)
-    before, filters = snapshot(), list(warnings.filters)
-    drawn: list[torch.Tensor] = []
-    done = Event()
-
-    def draw() -> None:
-        while not done.is_set() and len(drawn) < len(wanted):
-            drawn.append(torch.randn(3))
-            done.wait(1e-3)
-
-    other = Thread(target=draw)
-    other.start()
-    with ThreadPoolExecutor(len(TOGETHER)) as pool:
-        running = [
-            pool.submit(everything, name, one if number % 2 else fresh(), start.wait)
+    one = fresh()
+    found, faults = threads.at_once(
+        [
+            partial(everything, name, one if number % 2 else fresh())
             for number, name in enumerate(TOGETHER)
         ]
-        found = {name: run.result() for name, run in zip(TOGETHER, running, strict=True)}
-    done.set()
-    other.join()
-    for name in TOGETHER:
-        assert_same(found[name], alone[name])
-    assert len(drawn) > 20
-    assert_same(drawn, wanted[: len(drawn)])
-    torch.manual_seed(3)
-    assert snapshot() == before and list(warnings.filters) == filters
+    )
+    assert_same(found, list(alone.values()))
+    assert faults == []
+
+
+def test_what_a_thread_disturbs_is_found() -> None:
+    """The checks above could fail."""
+
+    def disturb() -> None:
+        torch.rand(1)
+        pyro.param("left", torch.tensor(1.0))
+
+    with pyro.get_param_store().scope():
+        assert threads.at_once([disturb]) == ([None], [threads.RANDN, threads.STATE])
 
 
 def test_the_lock_is_free_after_an_error() -> None:
@@ -133,7 +119,9 @@ DRAWS = {
     ),
     "dropout": lambda: torch.nn.functional.dropout(torch.ones(9)),
     "init": lambda: torch.nn.Linear(3, 2).weight.detach(),
-    "init by hand": lambda: torch.nn.init.trunc_normal_(torch.nn.init.orthogonal_(torch.ones(3, 3))),
+    "init by hand": lambda: torch.nn.init.trunc_normal_(
+        torch.nn.init.orthogonal_(torch.ones(3, 3))
+    ),
     "two kinds": lambda: torch.cat([torch.rand(2), torch.rand_like(torch.ones(2)), torch.rand(2)]),
 }
 
