@@ -106,9 +106,8 @@ class OwnDraws(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _like(self, draw: Any, input: Tensor, *, memory_format: Any = None, **given: Any) -> Any:
-        given = {"dtype": input.dtype, "device": input.device} | {
-            name: value for name, value in given.items() if value is not None
-        }
+        given = {name: value for name, value in given.items() if value is not None}
+        given = {"dtype": input.dtype, "device": input.device, **given}
         return draw(input.shape, **given, generator=self._generator(given["device"]))
 
     def _generator(self, device: torch.device | str | int | None) -> torch.Generator:
