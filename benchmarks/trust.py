@@ -55,13 +55,14 @@ def page(
         not total[["vague", "raw", "silent"]].any(),
         bool(pair_good.all()),
     ]
-    told = sum(cell in ("refused", "read") for cell in cells)
+    asked = sum(cell != "–" for cell in cells)
+    told, read = (sum(cell == which for cell in cells) for which in ("refused", "read"))
     names, totals = len(set(pairs["first"])), elsewhere()
     rows = [
         totals[0],
         (
             "stale resumes refused, with what differs",
-            f"{told} of {sum(cell != '–' for cell in cells)}, of {len(refused)} kinds",
+            f"{told} of {asked}, of {len(refused)} kinds; {read} read with a warning, finished",
             "`python -m benchmarks.stale`",
         ),
         (

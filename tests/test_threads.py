@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -68,6 +69,7 @@ def test_what_a_thread_disturbs_is_found() -> None:
 
     def disturb() -> None:
         torch.rand(1)
+        time.sleep(0.2)  # in which the other thread draws what comes next
         pyro.param("left", torch.tensor(1.0))
 
     with pyro.get_param_store().scope():

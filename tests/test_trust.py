@@ -44,7 +44,7 @@ def test_the_page(found: dict[str, object], results: Path) -> None:
     text, good = trust.page(**found)  # type: ignore[arg-type]
     assert good
     for line in (
-        "| stale resumes refused, with what differs | 8 of 8, of 3 kinds |",
+        "| 7 of 8, of 3 kinds; 1 read with a warning, finished |",
         "| the same arguments in a new process go on, bit for bit | 2 of 2 |",
         "| 3 of 3; 0 raw, 0 silent | `python -m benchmarks.bad_inputs` |",
         "| pairs of 1 strategies in two threads, as alone | 1 of 1 |",
@@ -70,7 +70,7 @@ def test_one_defect_shows(part: str, found: dict[str, object]) -> None:
     broken = dict(found)
     if part == "refused":
         broken[part] = found[part].assign(**{stale.FINISHED: "taken up", "wanted": False})  # type: ignore[attr-defined]
-        told = "| 5 of 8, of 3 kinds |"
+        told = "| 5 of 8, of 3 kinds; 0 read"
     elif part == "resumed":
         broken[part] = {"model: function": "goes on", "strategy: maml": "another result"}
         told = "| 1 of 2 |"
