@@ -7,6 +7,7 @@ as many as the step before made; over the catalogue that is some two hundred pla
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -195,13 +196,19 @@ def test_a_run_that_failed_goes_on_as_if_it_had_not(
     if name == "nuts":  # its potential is recorded, and does not ask the model again
         return
 
-    def spoil(step: int, info: StepInfo) -> None:
-        if step == 3:
-            evaluations.fails_from, evaluations.quietly = evaluations.count + 1, True
+    for last, quietly in ((2, False), (4, True)):  # the model's own error, then a loss of NaN
 
-    with pytest.raises(NonFiniteLoss, match=r"step 3: .*(nan|not)"):
-        fit(strategy, DENSITY, TASKS, checkpoint=path, on_step=spoil)
-    evaluations.fails_from = None
-    assert torch.load(path, weights_only=True)["state"]["step"] == 3
+        def spoil(step: int, _: StepInfo, last: int = last, quietly: bool = quietly) -> None:
+            if step == last:
+                evaluations.fails_from, evaluations.quietly = evaluations.count + 1, quietly
+
+        with pytest.raises(NonFiniteLoss if quietly else Broken) as caught:
+            fit(strategy, DENSITY, TASKS, checkpoint=path, on_step=spoil)
+        evaluations.fails_from = None
+        assert torch.load(path, weights_only=True)["state"]["step"] == last
+        if quietly:
+            assert re.search(rf"step {last}: .*(nan|not)", str(caught.value))
+        else:
+            assert f"stopped after step {last} of" in caught.value.__notes__[0]
     done = fit(strategy, DENSITY, TASKS, checkpoint=path)
     assert_same(done.state.state_dict(), wanted)

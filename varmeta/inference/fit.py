@@ -81,10 +81,10 @@ def fit(
         batch_size: tasks per step, in a new random order every epoch; all if None.
         seed: of everything random.
         checkpoint: a file, in a folder that exists, that is written about once a minute, at the
-            end, and when Ctrl-C, SIGTERM or an error in `on_step` stops the run. If it exists the
-            run goes on from there, provided that it is of the same run: same data, split, order of
-            tasks, model, prior, strategy, batch size, seed and versions (see
-            `varmeta.fingerprint`). A finished one is read, and no step taken.
+            end, and when Ctrl-C, SIGTERM or an error stops the run. If it exists the run goes on
+            from there, provided that it is of the same run: same data, split, order of tasks,
+            model, prior, strategy, batch size, seed and versions (see `varmeta.fingerprint`). A
+            finished one is read, and no step taken.
         progress: show a progress bar; None for "when the output is a terminal".
         on_step: called after each step.
 
@@ -149,7 +149,8 @@ def _ran(
         run.loop(path, progress, on_step)
     except BaseException as error:
         said = ""
-        if path is not None and (run.whole or isinstance(error, NonFiniteLoss)):
+        # A step that fails has changed nothing; one that a second Ctrl-C has cut may have.
+        if path is not None and (run.whole or isinstance(error, Exception)):
             run.result().save(path)
             said = (
                 f"stopped after step {run.state.step} of {run.strategy.num_steps}; everything done "
