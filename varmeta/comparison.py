@@ -353,12 +353,12 @@ def _write(comparison: Comparison, run: RunFolder, failed: Failures) -> None:
     failed.forget_earlier(comparison.table["strategy"].unique())
     _write_table(comparison, run)
     if not comparison.failures:
-        run.finish()
+        for name in comparison.outcomes:
+            for part in PARTS:
+                run.remove(part_file(run, name, part))
+        run.finish()  # last: a finished run is not opened again
     if comparison.outcomes:
         run.take_place()
-    for name in comparison.outcomes if not comparison.failures else ():
-        for part in PARTS:
-            run.remove(part_file(run, name, part))
     comparison.folder = run.folder
 
 
