@@ -163,7 +163,7 @@ def test_tf32_is_the_full_precision_where_there_is_none() -> None:
 
 
 def test_precisions_that_make_no_sense() -> None:
-    with pytest.raises(ValueError, match="'full', 'tf32' or 'bf16', got 'fp8'"):
+    with pytest.raises(ValueError, match="one of 'full', 'tf32', 'bf16', got 'fp8'"):
         GradientDescent(0.1, precision="fp8")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="unrolled steps are differentiated at full precision"):
         prox(

@@ -87,7 +87,7 @@ class TaskPosterior(ABC):
 
         So many tasks at once as have four million numbers (`varmeta.parts`), one at least.
         """
-        ready, numbers = self._prepared(count, generator), count * self.density.dim
+        ready, numbers = self._prepared(count, generator), count * self.mean.shape[-1]
         for some in parts.slices(len(self.names), numbers, parts.LARGEST):
             place = range(some.start, some.stop)
             drawn = ready.select(place)._draw(count, generator)
