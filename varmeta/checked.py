@@ -176,6 +176,19 @@ def _words(hint: Any) -> str:
     return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
+def require_kind(argument: str, value: Any, kind: type | tuple[type, ...], remedy: str) -> None:
+    """Refuse an argument that is no `kind`, before anything asks it for what only a `kind` has.
+
+    Raises:
+        TypeError: with `remedy`, which says how one is made.
+    """
+    if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        got = _short(value) if isinstance(value, type | str) else f"a {type(value).__name__}"
+        wanted = " or ".join(_words(one) for one in kinds)
+        raise TypeError(f"{argument} must be {wanted}, got {got}; {remedy}")
+
+
 def _short(value: Any) -> str:
     if isinstance(value, type):
         return f"the class {value.__name__}; write {value.__name__}()"

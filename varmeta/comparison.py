@@ -14,6 +14,7 @@ import pandas as pd
 from rich.console import Console, RenderableType
 from rich.text import Text
 
+from varmeta.checked import require_kind
 from varmeta.failures import Attempt, Failures
 from varmeta.files import load
 from varmeta.fingerprint import fingerprint
@@ -31,7 +32,7 @@ from varmeta.scores import Outcome, Score, left_out, score, score_table, task_se
 from varmeta.seeds import generator
 from varmeta.shrinkage import MOST_MODULES
 from varmeta.tables import WIDTH, notes, rich_table
-from varmeta.tasks import Tasks
+from varmeta.tasks import HOW_TASKS, Tasks
 
 
 @dataclass(eq=False)
@@ -166,6 +167,7 @@ def compare(
         progress: show progress bars; None for "when the output is a terminal".
 
     Raises:
+        TypeError: strategies, a density or tasks that are none.
         ValueError: no strategies, two of the same name, tasks without support rows, or something of
             another shape: what concerns every strategy is found before any of them is fitted.
         FileExistsError: `folder` holds a finished run, one of other arguments (the message says in
@@ -177,6 +179,7 @@ def compare(
         KeyboardInterrupt, Terminated: what is done is kept in `folder`.
     """
     named = _named(strategies)
+    require_kind("density", density, Density, "make one by vm.Density(model, tasks)")
     prior = prior or GaussianPrior.from_density(density)
     _check(density, train, new, prior, draws, seed)
     if folder is None:
@@ -293,10 +296,10 @@ def _check(
     seed: int,
 ) -> None:
     """Find before any training what would fail every strategy."""
-    for argument, tasks in (("train", train), ("new", new)):
-        if tasks is not None:
-            tasks.require_rows(argument)
-            density.check_tasks(tasks)
+    for argument, tasks in {"train": train, **({} if new is None else {"new": new})}.items():
+        require_kind(argument, tasks, Tasks, HOW_TASKS)
+        tasks.require_rows(argument)
+        density.check_tasks(tasks)
     clash = set() if new is None else set(new.names) & set(train.names)
     if clash:
         raise ValueError(f"new: task {min(clash)!r} is among the training tasks too")
@@ -308,6 +311,11 @@ def _check(
 
 
 def _named(strategies: Sequence[Strategy] | Mapping[str, Strategy]) -> dict[str, Strategy]:
+    remedy = "give a list, such as [vm.IMAML(), vm.NoPooling()]"
+    require_kind("strategies", strategies, Iterable, remedy)
+    given = strategies.values() if isinstance(strategies, Mapping) else strategies
+    for strategy in given:
+        require_kind("each of strategies", strategy, Strategy, remedy)
     if isinstance(strategies, Mapping):
         named = dict(strategies)
     else:

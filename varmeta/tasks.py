@@ -18,6 +18,9 @@ from varmeta.pickling import require_picklable
 from varmeta.raw_data import check_columns, check_pair, numeric, pad, read_csv, task_labels
 from varmeta.seeds import generator
 
+# What a message says to those who give something else in place of tasks.
+HOW_TASKS = "make them by vm.Tasks.from_frame(frame, task=..., inputs=[...], target=...)"
+
 
 @dataclass(frozen=True, eq=False)
 class Tasks:

@@ -22,6 +22,7 @@ from rich.progress import (
 )
 from torch import Tensor
 
+from varmeta.checked import require_kind
 from varmeta.files import BrokenFile, load, locked, not_usable, require_writable
 from varmeta.fingerprint import Fingerprint, check_same
 from varmeta.inference.base import Batch, NonFiniteLoss, State, StepInfo, Strategy
@@ -44,7 +45,7 @@ from varmeta.models.prior import GaussianPrior
 from varmeta.models.support import finite_tasks
 from varmeta.seeds import generator, generators
 from varmeta.shrinkage import MOST_MODULES
-from varmeta.tasks import Tasks, TaskSource
+from varmeta.tasks import HOW_TASKS, Tasks, TaskSource
 
 _SECONDS_BETWEEN_CHECKPOINTS = 60.0
 _log = logging.getLogger("varmeta")
@@ -89,6 +90,7 @@ def fit(
         on_step: called after each step.
 
     Raises:
+        TypeError: a strategy, density or tasks that are none.
         ValueError: a task without support rows, or whose data do not fit the model (see
             `Density.check_tasks`; of a stream the first batch is looked at), a batch size out of
             range, a checkpoint of another run: the message says in what it differs.
@@ -104,6 +106,9 @@ def fit(
     path = Path(checkpoint) if checkpoint is not None else None
     if path is not None:
         require_writable(path, "checkpoint")
+    require_kind("strategy", strategy, Strategy, "vm.JointVariational() is one")
+    require_kind("density", density, Density, "make one by vm.Density(model, tasks)")
+    require_kind("tasks", tasks, (Tasks, TaskSource), HOW_TASKS)
     seen = tasks.batch(0) if isinstance(tasks, TaskSource) else tasks
     seen.require_rows("tasks")
     density.check_tasks(finite_tasks(seen) if isinstance(tasks, TaskSource) else seen)

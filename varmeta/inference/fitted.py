@@ -11,6 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from varmeta.checked import require_kind
 from varmeta.files import packed, write
 from varmeta.fingerprint import Fingerprint, fingerprint
 from varmeta.inference.base import State, Strategy
@@ -22,7 +23,7 @@ from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import TaskPosterior
 from varmeta.seeds import generator
 from varmeta.shrinkage import Shrinkage, find_shrinkage, scales_path
-from varmeta.tasks import Tasks, TaskSource
+from varmeta.tasks import HOW_TASKS, Tasks, TaskSource
 
 BATCH, STEP, ADAPT, INIT = range(4)  # streams of a fit's seed
 
@@ -151,10 +152,12 @@ class Fit:
         and can be scored, or `tasks.unsplit`.
 
         Raises:
+            TypeError: tasks that are no `Tasks`.
             ValueError: tasks with query rows, a task without rows, or whose data do not fit the
                 model, see `Density.check_tasks`.
             NonFinitePosterior: naming the task.
         """
+        require_kind("tasks", tasks, Tasks, HOW_TASKS)
         if bool(tasks.is_query.any()):
             raise ValueError(
                 f"tasks has {int(tasks.is_query.sum())} query rows, which are held out: pass "

@@ -14,6 +14,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from varmeta.checked import require_kind
 from varmeta.digest import digests_of
 from varmeta.models.apart import draw
 from varmeta.models.capture import Captured
@@ -34,7 +35,7 @@ from varmeta.models.support import check_targets, finite_tasks
 from varmeta.pickling import require_picklable
 from varmeta.process import ignoring, pyro_untouched, validation_off
 from varmeta.seeds import OwnDraws, global_rng
-from varmeta.tasks import Tasks, TaskSource
+from varmeta.tasks import HOW_TASKS, Tasks, TaskSource
 
 
 class Density:
@@ -85,6 +86,7 @@ class Density:
     ) -> None:
         if isinstance(shared, str):
             raise ValueError(f"shared must be a list of site names, got the string {shared!r}")
+        require_kind("tasks", tasks, (Tasks, TaskSource), HOW_TASKS)
         self.digests = digests_of(model)  # now, since it may change what it reads when it runs
         tasks = finite_tasks(tasks.batch(0)) if isinstance(tasks, TaskSource) else tasks
         first = tasks.select([0])

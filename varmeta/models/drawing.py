@@ -40,7 +40,7 @@ def draw_observed(
             if not (isinstance(error, NotApart) or is_unbatched(error)):
                 raise
             if not density._drawn_singly:
-                _log.warning("predictions are drawn one by one, which is slow: %s", reason(error))
+                _log.warning("predictions are drawn one by one, which is slow: %s", _why(error))
             density._drawn_singly = True
     try:
         loop = over_tasks(partial(_simulate, density, None), **how, loop=True)
@@ -49,6 +49,16 @@ def draw_observed(
         raise NotImplementedError(
             f"model cannot predict: {str(error).splitlines()[0]}; fits and densities work without"
         ) from error
+
+
+def _why(error: RuntimeError) -> str:
+    """What keeps draws apart; of random numbers in place PyTorch does not say what mends it."""
+    if "inplace randomness" in str(error):
+        return (
+            "a law's sample fills a tensor in place, such as torch.empty(shape).exponential_(); "
+            "make it from torch.rand(shape) or torch.randn(shape)"
+        )
+    return reason(error)
 
 
 def _simulate(
@@ -65,6 +75,8 @@ def _simulate(
     missing = [name for name in density.observed if name not in trace.nodes]
     if missing:
         raise ValueError(
-            f"model has no site {missing[0]!r} when y is None; sample it there too, obs=None"
+            f"model has no site {missing[0]!r} when y is None; sample it there too, obs=None. What "
+            "pyro.factor adds cannot be drawn: write it as the log_prob of a law of your own, a "
+            "TorchDistribution with sample"
         )
     return {name: trace.nodes[name]["value"] for name in density.observed}
