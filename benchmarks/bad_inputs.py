@@ -192,6 +192,7 @@ def command_line() -> Iterator[Kind]:
     for words, named in (
         (("--query", "1.5"), ("--query", "1.5")),
         (("--query", "nan"), ("--query", "nan")),
+        (("--query", "0.001"), ("--query 0.001", "'g'")),
         (("--hold-out", "99"), ("--hold-out", "99")),
         (("--hold-out", "-1"), ("--hold-out", "-1")),
         (("--shared", "b"), ("'b'", "a")),

@@ -188,7 +188,9 @@ def test_tasks_too_small_to_split(sizes: tuple[int, ...], hold_out: int, said: s
 
 def test_nothing_held_out() -> None:
     density, train, _ = problem()
-    table = compare([NoPooling(steps=5, adapt_steps=5)], density, train.unsplit).table
+    found = compare([NoPooling(steps=5, adapt_steps=5)], density, train.unsplit)
+    assert "known tasks: the tasks are not split" in str(found)
+    table = found.table
     assert table["rows"].item() == 0 and np.isnan(table["elpd"].item())
 
 

@@ -294,9 +294,16 @@ def _own_problem(
             f"{len(tasks)} tasks, and one must be left to learn from"
         )
     label = f"{Path(path).stem}_{name}"
-    return label, Problem.make(
+    made = Problem.make(
         model, tasks, shared=_split(shared or ""), query=share, hold_out=count, seed=seed
     )
+    parts = [part for part in (made.train, made.new) if part is not None]
+    if share and not any(bool(part.is_query.any()) for part in parts):
+        raise ValueError(
+            f"--query {share:g} finds no row to hold out: each of the {len(tasks)} tasks of --task "
+            f"{task!r} has too few. Name another column, or give --query 0 to fit without scores"
+        )
+    return label, made
 
 
 def load_model(path: Path, name: str) -> Model:

@@ -66,16 +66,21 @@ def task_sets(train: Tasks, new: Tasks | None) -> dict[str, Tasks]:
 
 
 def left_out(sets: Mapping[str, Tasks]) -> list[str]:
-    """A sentence for each set of split tasks in which some have no row to be scored on."""
+    """A sentence for each set of tasks in which some have no row to be scored on."""
     out = []
     for which, tasks in sets.items():
         empty = int((tasks.query.num_rows == 0).sum())
-        if tasks.is_split and empty == len(tasks):
+        if not tasks.is_split:
+            out.append(
+                f"{which}: the tasks are not split, so that nothing is scored here. Pass "
+                "tasks.split(0.3) to hold out rows, if tasks have rows to spare."
+            )
+        elif empty == len(tasks):
             out.append(
                 f"{which}: no task has a held-out row, so that nothing is scored here. Hold out a "
                 "larger share, or give tasks with more rows."
             )
-        elif tasks.is_split and empty:
+        elif empty:
             out.append(
                 f"{which}: {empty} of {len(tasks)} tasks have no held-out row (too few rows to "
                 "split) and are left out of the scores."
