@@ -123,14 +123,14 @@ def test_pathwise_is_unbiased_while_it_contracts_and_lost_beyond() -> None:
     assert abs(float(mean) - truth) > 0.5 * abs(truth) or float(error) > abs(truth)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
-    ("algorithm", "estimator"),
+    ("algorithm", "estimator", "rank"),
     [
-        *itertools.product(["plain", "momentum", "random start"], UNBIASED),
-        ("plain", "gated in a plane"),
-        ("momentum", "gated in a plane"),
-        ("noiseless", "pathwise"),
+        *itertools.product(["plain"], UNBIASED, [0, 1]),
+        *itertools.product(["momentum", "random start"], UNBIASED, [1]),
+        ("plain", "gated in a plane", 1),
+        ("momentum", "gated in a plane", 0),
+        ("noiseless", "pathwise", 1),
     ],
 )
 def test_unbiased_on_a_quadratic(algorithm: str, estimator: str, rank: int) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -55,15 +57,62 @@ def adapted(result: Fit, tasks: Tasks) -> tuple[Tensor, Tensor]:
     return posterior.mean, posterior.sd
 
 
+@dataclass
+class Watched:
+    """A second run, what it printed, and what is global before it and after."""
+
+    fit: Fit
+    adapted: tuple[Tensor, Tensor]
+    printed: str
+    before: list[Any]
+    after: list[Any]
+
+
+@cache
+def watched(entry: Entry) -> Watched:
+    """Of the same seed as `done`, after other global draws: one run for several laws."""
+    torch.manual_seed(2)
+    pyro.get_param_store().clear()
+    pyro.param("mine", torch.tensor(3.0))
+    out, before = io.StringIO(), everything_global()
+    with redirect_stdout(out), redirect_stderr(out):
+        result = run(entry)
+    found = adapted(result, NEW)
+    after = everything_global()
+    pyro.get_param_store().clear()
+    return Watched(result, found, out.getvalue(), before, after)
+
+
+def everything_global() -> list[Any]:
+    return [
+        torch.random.get_rng_state().tolist(),
+        list(pyro.get_param_store().keys()),
+        pyro.distributions.is_validation_enabled(),
+        pyro.poutine.is_validation_enabled(),
+        torch.distributions.Distribution._validate_args,
+        torch.is_grad_enabled(),
+        torch.get_default_dtype(),
+    ]
+
+
 @every_strategy
 def test_same_seed_same_result(entry: Entry) -> None:
-    torch.manual_seed(1)
-    first = run(entry, seed=5)
-    torch.manual_seed(2)  # the global generator has no say
-    second = run(entry, seed=5)
+    """The global generator has no say."""
+    first, second = done(entry), watched(entry).fit
     assert_same(first.state.state_dict(), second.state.state_dict())
-    assert_same(list(adapted(first, NEW)), list(adapted(second, NEW)))
+    assert_same(list(adapted(first, NEW)), list(watched(entry).adapted))
     assert_same(first.history["loss"].tolist(), second.history["loss"].tolist())
+
+
+@every_strategy
+def test_global_state_is_left_alone(entry: Entry) -> None:
+    assert watched(entry).after == watched(entry).before
+    assert watched(entry).before[1] == ["mine"] and watched(entry).before[-1] == torch.float32
+
+
+@every_strategy
+def test_silent_when_not_a_terminal(entry: Entry) -> None:
+    assert watched(entry).printed == ""
 
 
 @every_strategy
@@ -111,25 +160,6 @@ def test_interrupted_and_resumed(entry: Entry, tmp_path: Path) -> None:
     assert_same(resumed.state.state_dict(), whole.state.state_dict())
     again = run(entry, checkpoint=path)  # a finished run is not run again
     assert_same(again.state.state_dict()["raw"], resumed.state.state_dict()["raw"])
-
-
-@every_strategy
-def test_global_state_is_left_alone(entry: Entry) -> None:
-    pyro.get_param_store().clear()
-    pyro.param("mine", torch.tensor(3.0))
-    flags = (pyro.distributions.is_validation_enabled(), pyro.poutine.is_validation_enabled())
-    torch_flag = torch.distributions.Distribution._validate_args
-    before = torch.random.get_rng_state()
-    adapted(run(entry), NEW)
-    assert torch.equal(torch.random.get_rng_state(), before)
-    assert list(pyro.get_param_store().keys()) == ["mine"]
-    assert flags == (
-        pyro.distributions.is_validation_enabled(),
-        pyro.poutine.is_validation_enabled(),
-    )
-    assert torch.distributions.Distribution._validate_args == torch_flag
-    assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
-    pyro.get_param_store().clear()
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # as in `run`
@@ -183,14 +213,6 @@ def test_non_finite_loss_names_the_task(entry: Entry, tmp_path: Path) -> None:
             fit(entry.strategy, density, tasks, checkpoint=path)
     saved = torch.load(path, weights_only=True)["state"]
     assert saved["step"] == 0 and all((v == 0).all() for v in saved["raw"].values())
-
-
-@every_strategy
-def test_silent_when_not_a_terminal(entry: Entry) -> None:
-    out, err = io.StringIO(), io.StringIO()
-    with redirect_stdout(out), redirect_stderr(err):
-        run(entry)
-    assert out.getvalue() == err.getvalue() == ""
 
 
 @pytest.mark.parametrize("name", ["joint", "complete pooling", "svi"])
