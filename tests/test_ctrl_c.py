@@ -60,7 +60,7 @@ def test_ctrl_c_within_a_step_waits_for_its_end(tmp_path: Path) -> None:
     model, clock = interrupting(times=1)
     density, path = Density(model, CASE.tasks), tmp_path / "run.pt"
     whole = fit(JOINT, density, CASE.tasks)
-    clock["left"] = 5
+    clock["left"] = 6  # `fit` asks the model once before its steps
     with pytest.raises(KeyboardInterrupt, match="after step 5 of 10; everything done is in"):
         fit(JOINT, density, CASE.tasks, checkpoint=path)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -96,7 +96,7 @@ def test_a_run_with_solved_q_resumes_bit_for_bit(update: Any, at: int, tmp_path:
 def test_a_second_ctrl_c_does_not_wait_and_saves_no_half_step(tmp_path: Path) -> None:
     model, clock = interrupting(times=2)
     density, path = Density(model, CASE.tasks), tmp_path / "run.pt"
-    clock["left"] = 5
+    clock["left"] = 6  # `fit` asks the model once before its steps
     with pytest.raises(KeyboardInterrupt):
         fit(JOINT, density, CASE.tasks, checkpoint=path)
     assert not path.exists()

@@ -422,7 +422,7 @@ def test_converged_column_and_sentences() -> None:
     ("change", "message"),
     [
         ({"draws": 0}, "draws must be at least 1, got 0"),
-        ({"seed": -1}, "non-negative"),
+        ({"seed": -1}, "seed must be a whole number from 0"),
         ({"new": TRAIN}, "among the training tasks"),
         (
             {"prior": GaussianPrior.create(torch.zeros(3, dtype=F64), 1.0)},

@@ -175,7 +175,7 @@ def check_gradient(
     if given.dtype != torch.float64:
         add(WIDE, basis @ _gradient(strategy, wide, point, wide_tasks)[0])
     rough = own.rough(tolerance)
-    stats, leaps = _stats(info, len(tasks)), rough
+    stats, leaps, gap = _stats(info, len(tasks)), rough, 0.0
     inner = InnerProblem.of(strategy, wide, point, wide_tasks)
     if inner is not None:
         leaps = inner.leaps(rough, own, basis)
@@ -186,7 +186,9 @@ def check_gradient(
                 f"{EXACT}: unrolled": inner.unrolled_to_the_end(),
             }
             stats |= inner.stats()
-            add(f"{EXACT}: differences", differences(inner.exact_losses, basis).values.sum(1))
+            exact = differences(inner.exact_losses, basis)
+            gap = float(exact.gap.sum(1).norm() / exact.values.sum(1).norm())
+            add(f"{EXACT}: differences", exact.values.sum(1))
         for name, reference in references.items():
             if reference is not None:
                 add(name, basis @ reference)
@@ -199,6 +201,7 @@ def check_gradient(
         tasks=pd.DataFrame({"task": tasks.names, **{k: v.tolist() for k, v in stats.items()}}),
         rough=rough.tolist(),
         leaps=leaps.tolist(),
+        gap=gap,
     )
     ok, findings = conclude(evidence)
     return GradientCheck(
