@@ -148,5 +148,5 @@ def test_a_bare_function_has_none() -> None:
     adjoint = Implicit(curvature="gauss_newton")
     with pytest.raises(ValueError, match="needs a model"):
         prox(FunctionEnergy(lambda t: (t - anchor).square().sum(-1)), start, adjoint=adjoint)
-    with pytest.raises(ValueError, match="'hessian' or 'gauss_newton', got 'fisher'"):
+    with pytest.raises(ValueError, match="one of 'hessian', 'gauss_newton', got 'fisher'"):
         Implicit(curvature="fisher")  # type: ignore[arg-type]
