@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import pickle
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from torch import Tensor
 from varmeta import Density, Fit, GaussianPrior, NonFiniteLoss, Tasks, fit
 from varmeta.inference import nuts
 from varmeta.inference.base import StepInfo
+from varmeta.posterior import TaskPosterior
 from varmeta.seeds import generator
 
 CASE = case_of(LinearGaussian.random(3, num_tasks=4, dim=2), shared_noise=True)
@@ -222,3 +225,34 @@ def test_checkpoint_of_something_else_is_refused(name: str, tmp_path: Path) -> N
     run(CATALOGUE[name], checkpoint=path, seed=1)
     with pytest.raises(ValueError, match=r"differs in seed \(1, now 2\)\. Give the same"):
         run(CATALOGUE[name], checkpoint=path, seed=2)
+
+
+def numbers(posterior: TaskPosterior, tasks: Tasks) -> list[Tensor]:
+    drawn = posterior.predict(tasks, 3, generator(0))
+    return [posterior.mean, posterior.sd, posterior.shared, *drawn.values()]
+
+
+FIRST = {type(entry.strategy): name for name, entry in reversed(CATALOGUE.items())}.values()
+
+
+@every_strategy
+def test_a_fit_pickled_or_copied_is_the_same_fit(entry: Entry) -> None:
+    """What it has learned; and, for one of each class, what it makes of tasks."""
+    result = done(entry)
+    loaded, twin = pickle.loads(pickle.dumps(result)), copy.deepcopy(result)
+    for other in (loaded, twin):
+        assert_same(other.state.state_dict(), result.state.state_dict())
+        assert repr(other.strategy) == repr(result.strategy)
+        assert other.density is not result.density and other.history.equals(result.history)
+        assert (other.converged, other.reason) == (result.converged, result.reason)
+    with torch.no_grad():
+        twin.state.meta.raw["loc"] += 1.0
+    assert not torch.equal(twin.prior.loc, result.prior.loc), "a copy is a thing of its own"
+    if all(CATALOGUE[name] is not entry for name in FIRST):
+        return
+    with warnings.catch_warnings():  # few steps and draws are reported, as they should be
+        warnings.simplefilter("ignore", RuntimeWarning)
+        wanted, found = result.adapt(NEW), loaded.adapt(NEW)
+        assert_same(numbers(pickle.loads(pickle.dumps(found)), NEW), numbers(wanted, NEW))
+        wanted, found = result.posterior(), loaded.posterior()
+        assert_same([found.mean, found.sd], [wanted.mean, wanted.sd])

@@ -7,7 +7,6 @@ import os
 import pickle
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from threading import Lock
 
@@ -15,48 +14,15 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from catalogue import CATALOGUE, Entry
+from catalogue import CATALOGUE
 from helpers import assert_same
-from test_laws import CASE, NEW, TRAIN, done, every_strategy, quick
+from test_laws import CASE, NEW, TRAIN, done, numbers, quick
 from torch import Tensor, nn
 
 import varmeta as vm
 from varmeta.models import network, sinusoids
-from varmeta.posterior import TaskPosterior
-from varmeta.seeds import generator
 
 __all__ = ["quick"]  # a fixture
-
-
-def numbers(posterior: TaskPosterior, tasks: vm.Tasks) -> list[Tensor]:
-    drawn = posterior.predict(tasks, 3, generator(0))
-    return [posterior.mean, posterior.sd, posterior.shared, *drawn.values()]
-
-
-FIRST = {type(entry.strategy): name for name, entry in reversed(CATALOGUE.items())}.values()
-
-
-@every_strategy
-def test_a_fit_pickled_or_copied_is_the_same_fit(entry: Entry) -> None:
-    """What it has learned; and, for one of each class, what it makes of tasks."""
-    result = done(entry)
-    loaded, twin = pickle.loads(pickle.dumps(result)), copy.deepcopy(result)
-    for other in (loaded, twin):
-        assert_same(other.state.state_dict(), result.state.state_dict())
-        assert repr(other.strategy) == repr(result.strategy)
-        assert other.density is not result.density and other.history.equals(result.history)
-        assert (other.converged, other.reason) == (result.converged, result.reason)
-    with torch.no_grad():
-        twin.state.meta.raw["loc"] += 1.0
-    assert not torch.equal(twin.prior.loc, result.prior.loc), "a copy is a thing of its own"
-    if all(CATALOGUE[name] is not entry for name in FIRST):
-        return
-    with warnings.catch_warnings():  # few steps and draws are reported, as they should be
-        warnings.simplefilter("ignore", RuntimeWarning)
-        wanted, found = result.adapt(NEW), loaded.adapt(NEW)
-        assert_same(numbers(pickle.loads(pickle.dumps(found)), NEW), numbers(wanted, NEW))
-        wanted, found = result.posterior(), loaded.posterior()
-        assert_same([found.mean, found.sd], [wanted.mean, wanted.sd])
 
 
 ELSEWHERE = """
