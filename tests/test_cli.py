@@ -121,7 +121,7 @@ def test_shipped_problem_without_held_out_rows(workplace: Path) -> None:
         ),
         (
             ["my_model.py:county", "--data", "radon.csv", *COLUMNS, "--shared", "noize"],
-            ["shared: no latent site 'noize'", "noise"],
+            ["shared: no latent site 'noize'", "did you mean 'noise'?"],
         ),
         (
             ["my_model.py:county", "--data", "radon.csv", *COLUMNS, "--query", "1.5"],

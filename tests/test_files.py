@@ -449,6 +449,7 @@ def test_a_checkpoint_that_cannot_be_written_is_found_before_the_first_step(
     with pytest.raises(vm.NotWritten, match=r"checkpoint: .* cannot be written: ") as caught:
         learn(tmp_path / path, on_step=never)
     assert "\n" not in str(caught.value) and "Errno" not in str(caught.value)
+    assert "; " in str(caught.value)  # and what to do
     assert caught.value.errno
     assert set(tree(tmp_path)) == {"file"} and Path("/dev/null").is_char_device()
 

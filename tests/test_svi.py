@@ -326,8 +326,11 @@ def test_flows_and_low_rank_guides_run_and_resume(guide: Any, tmp_path: Path) ->
 
 @pytest.mark.parametrize("point", [False, True])
 def test_adapting_within_a_run_takes_the_guide_as_it_stands(point: bool) -> None:
-    """Between steps `meta` is as it was at the start; a run of as many steps writes it down."""
-    strategy = PyroSVI(point_globals=point, steps=21, learning_rate=0.3, adapt_steps=0, draws=500)
+    """Its mean of θ0, which new tasks begin at; `meta` is as it was at the start.
+
+    The mean of 10,000 draws with a standard deviation of 1.3 is off by .06 once in 10,000 times.
+    """
+    strategy = PyroSVI(point_globals=point, steps=21, learning_rate=0.3, adapt_steps=0, draws=10000)
     tasks = SMALL.tasks.support
     state = strategy.init(SMALL.density, BELIEF, tasks, generator(0))
     batch = Batch(tasks, torch.arange(4), 4)
@@ -338,11 +341,10 @@ def test_adapting_within_a_run_takes_the_guide_as_it_stands(point: bool) -> None
     within = strategy.adapt(SMALL.density, state, tasks, generator(1)).mean
     assert_same(state.state_dict(), before)
     assert not bool(state.meta.raw["loc"].any())
-    strategy.step(SMALL.density, state, batch, generator(0, 20))  # at 1/180 of the learning rate
-    state.step += 1
-    assert float(state.meta.raw["log_scale"].detach().abs().max()) > 0.5
-    after = strategy.adapt(SMALL.density, state, tasks, generator(1)).mean
-    assert_close(within, after, 0.1)  # from the prior it would be 1
+    name = "AutoDelta" if point else "AutoNormal.locs"
+    units = state.tensors[f"guide {name}.loc_units"].detach()
+    assert float(units.abs().min()) > 0.1  # at the prior it would be 0
+    assert_close(within, (BELIEF.loc + BELIEF.scale * units).expand(4, 2), 0.06)
 
 
 # -- refusals -------------------------------------------------------------------------------------

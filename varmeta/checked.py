@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import math
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from functools import lru_cache
@@ -93,11 +93,17 @@ def check(name: str, value: Any, hint: Any) -> None:
     if type(None) in options:
         words.append("None")
     said = f"{name} must be {' or '.join(words)}, got {_short(value)}"
-    near = get_close_matches(value, choices, 1) if isinstance(value, str) else []
-    if near:
-        raise ValueError(f"{said}; did you mean {near[0]!r}?")
+    meant = nearest(value, choices)
+    if meant:
+        raise ValueError(f"{said}{meant}")
     whys = [m.why for o in options for m in _ranges(o) if m.why]
     raise ValueError("; ".join([said, *whys]))
+
+
+def nearest(value: Any, choices: Iterable[str]) -> str:
+    """The choice that a mistyped value is near to, as the end of a message; empty if none is."""
+    near = get_close_matches(value, list(choices), 1) if isinstance(value, str) else []
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 @lru_cache

@@ -210,15 +210,15 @@ def _in_plain_words(debug: bool) -> Iterator[None]:
         except KeyboardInterrupt as stop:
             _say(
                 console,
-                f"Stopped: {str(stop) or 'nothing was running'}.\n"
-                "Finished strategies are kept. The same command, without --overwrite, goes on.",
+                f"Stopped{f': {stop}' if str(stop) else ''}.\n"
+                "What is finished is kept. The same command, without --overwrite, goes on.",
             )
             raise typer.Exit(130) from None
         except Terminated:
             _say(
                 console,
                 "Stopped by SIGTERM.\n"
-                "Finished strategies are kept. The same command, without --overwrite, goes on.",
+                "What is finished is kept. The same command, without --overwrite, goes on.",
             )
             raise typer.Exit(128 + SIGTERM) from None
         except Exception as error:

@@ -121,9 +121,11 @@ def require_writable(path: Path, argument: str) -> None:
         finally:
             probe.unlink(missing_ok=True)
     except (OSError, ValueError) as error:
+        reason = why(error)
         raise NotWritten(
             getattr(error, "errno", None) or errno.EINVAL,
-            f"{argument}: {str(path)!r} cannot be written: {why(error)}",
+            f"{argument}: {str(path)!r} cannot be written: {reason}"
+            + ("" if ";" in reason else "; name another path"),
         ) from None
 
 
@@ -141,7 +143,7 @@ def make_folder(folder: Path, argument: str) -> None:
             reason = "a file has its name, or that of a folder above it"
         raise NotWritten(
             getattr(error, "errno", None) or errno.EINVAL,
-            f"{argument}: the folder {str(folder)!r} cannot be made: {reason}",
+            f"{argument}: the folder {str(folder)!r} cannot be made: {reason}; name another",
         ) from None
 
 

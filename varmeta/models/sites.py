@@ -13,6 +13,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
+from varmeta.checked import nearest
 from varmeta.models.apart import draw_here
 from varmeta.models.laws import law_in
 from varmeta.models.moments import unconstrained_moments, unconstrained_range
@@ -202,6 +203,7 @@ def read_sites(
         if name not in names:
             raise ValueError(
                 f"shared: no latent site {name!r}; the model has: {', '.join(sorted(names))}"
+                f"{nearest(name, sorted(names))}"
             )
     joint = _is_joint(trace, observed, len(y))
     joint = _is_joint(longer, observed, len(y) + 1) or joint
