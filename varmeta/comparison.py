@@ -31,8 +31,9 @@ from varmeta.runs import RunFolder, run_folder
 from varmeta.scores import Outcome, Score, left_out, score, score_table, task_sets
 from varmeta.seeds import generator
 from varmeta.shrinkage import MOST_MODULES
-from varmeta.tables import WIDTH, notes, rich_table
+from varmeta.tables import WIDTH, rich_table
 from varmeta.tasks import HOW_TASKS, Tasks
+from varmeta.verdict import verdict
 
 
 @dataclass(eq=False)
@@ -51,9 +52,10 @@ class Comparison:
         folder: where the files lie; None if none were wanted. With `overwrite` and not one strategy
             that was scored, this is `replacement/` within the folder that was given.
         table: one row per strategy and set of tasks, with columns `strategy`, `posterior` (what was
-            scored: draws, gaussian, laplace, delta), `set`, `rows` held out, `elpd` (log predictive
-            density per held-out row, nats) with its standard error across tasks `elpd_se`,
-            `elpd_diff` to the best strategy with that of the paired difference `elpd_diff_se`,
+            scored: draws, gaussian, laplace, delta), `set`, `rows` held out, `tasks` that have
+            some, `elpd` (log predictive density per held-out row, nats) with its standard error
+            across tasks `elpd_se`, `elpd_diff` to the best strategy with that of the paired
+            difference `elpd_diff_se`,
             `rmse` of the predictive mean, `coverage` of the central 90% predictive interval (both
             of what the model observes, as of log y; NaN for classes without an order),
             `pareto_k` of the worst task, given the rows that its posterior was conditioned on (see
@@ -84,13 +86,19 @@ class Comparison:
 
     def __str__(self) -> str:
         console = Console(file=io.StringIO(), width=WIDTH)
+        for sentence in self.verdict():
+            console.print(Text(sentence))
+        console.print()
         for table in self.rich_tables():
             console.print(table)
-        unscored = left_out(task_sets(self.train, self.new))
-        for note in [*unscored, *notes(self.table, self.failures)]:
+        for note in left_out(task_sets(self.train, self.new)):
             console.print(Text(note))
         text: str = console.file.getvalue()  # type: ignore[attr-defined]
         return text
+
+    def verdict(self) -> list[str]:
+        """In sentences: which strategy predicts best, which are worse, and which not to trust."""
+        return verdict(self.table)
 
     def shrinkage(self, least: float = 0.1) -> pd.DataFrame:
         """`fit.shrinkage(least=least)` of every strategy, with `strategy` as first column.

@@ -172,6 +172,7 @@ def _empty(tasks: Tasks) -> dict[str, object]:
     return {
         "posterior": "",
         "rows": int(tasks.query.mask.sum()) if tasks.is_split else 0,
+        "tasks": int((tasks.query.num_rows > 0).sum()) if tasks.is_split else 0,
         **dict.fromkeys(numbers, np.nan),
         "converged": None,
         "reason": "",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 import pandas as pd
 from rich.box import SIMPLE_HEAD
@@ -53,21 +51,8 @@ def rich_table(table: pd.DataFrame, which: str) -> RenderableType:
     if len(failed):
         body.append(_failed(failed, width))
     if len(scored) and which == list(table["set"].unique())[-1]:  # said once, below the last
-        body.append(Text("\n" * (len(failed) > 0) + _CAPTION + _loose(scored), style="dim italic"))
+        body.append(Text("\n" * (len(failed) > 0) + _CAPTION, style="dim italic"))
     return Group(*body, "")
-
-
-def notes(table: pd.DataFrame, failures: Mapping[str, str]) -> list[str]:
-    """A sentence for each strategy that did not converge, or failed once it had been scored."""
-    out = []
-    for name, part in table.groupby("strategy", sort=False):
-        row = part.iloc[0]
-        if row["converged"] is False:
-            why = f": {row['reason']}" if row["reason"] else ""
-            out.append(f"{name} did not converge{why}.".replace("..", "."))
-        if name in failures and row["posterior"] != "":
-            out.append(f"{name} was scored, and then failed: {failures[str(name)]}.")
-    return out
 
 
 def _scores(part: pd.DataFrame, width: int) -> Table:
@@ -96,15 +81,6 @@ def _scores(part: pd.DataFrame, width: int) -> Table:
             "" if reference else _number(row["sd_ratio"], ".2f"),
         )
     return out
-
-
-def _loose(part: pd.DataFrame) -> str:
-    """A sentence on posteriors that are given a scale which the data do not determine."""
-    rows = zip(part["strategy"], part["undetermined"], strict=True)
-    named = "; ".join(f"{strategy}: {modules}" for strategy, modules in rows if modules)
-    if not named:
-        return ""
-    return f". Given a scale that the data hardly tell from 0, so that sds are too small: {named}"
 
 
 def _failed(part: pd.DataFrame, width: int) -> Table:
