@@ -1,4 +1,4 @@
-"""The README's shell commands, run as written (its Python blocks are run by Sybil)."""
+"""The shell commands of README.md and docs/, run as written (Sybil runs their Python blocks)."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ from varmeta.cli import app
 from varmeta.data import load
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    command.replace("\\\n", " ")
-    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
+COMMANDS = {
+    command.replace("\\\n", " "): page
+    for page, text in PAGES.items()
+    for block in re.findall(r"```bash\n(.*?)```", text, re.S)
     for command in re.findall(r"^((?:.*\\\n)*.+)$", block, re.M)
-]
+}
 
 SMALL = {  # the options that make an example small, and what it then says
     "against_nuts.py": ("--problem eight_schools --draws 10 --chains 2 --steps 5", "worst R-hat"),
@@ -57,7 +61,7 @@ def test_make_targets_exist() -> None:
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "my_model.py" in c])
 def test_own_model_command(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    model = re.search(r"```python\n(import pyro.*?)```", README, re.S)
+    model = re.search(r"```python\n(import pyro.*?)```", PAGES[COMMANDS[command]], re.S)
     assert model is not None
     Path("my_model.py").write_text(model.group(1).split("tasks =")[0])
     load("radon").to_csv("radon.csv", index=False)
@@ -65,6 +69,21 @@ def test_own_model_command(command: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert result.exit_code == 0, result.output
     assert "known tasks" in result.output
     assert Path("runs/my_model_county/table.csv").exists()
+
+
+def test_the_first_example_prints_what_the_readme_says(capsys: pytest.CaptureFixture[str]) -> None:
+    readme = PAGES["README.md"]
+    example, shown = (
+        re.search(rf"```{kind}\n(.*?)```", readme, re.S) for kind in ("python", "text")
+    )
+    assert example is not None and shown is not None
+    assert len(example.group(1).strip().splitlines()) <= 20 and readme.count("\n") <= 120
+    exec(example.group(1), {"__name__": "readme"})
+    number = r"[−\d]?\d+\.\d+"
+    printed, said = (" ".join(t.split()) for t in (capsys.readouterr().out, shown.group(1)))
+    assert re.sub(number, "#", printed) == re.sub(number, "#", said)
+    for one, other in zip(re.findall(number, printed), re.findall(number, said), strict=True):
+        assert abs(float(one.replace("−", "-")) - float(other.replace("−", "-"))) < 0.003
 
 
 def test_every_command_is_known() -> None:
