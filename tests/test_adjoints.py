@@ -197,9 +197,9 @@ def test_checkpointing_costs_each_gradient_once_more(
         return run(self, *arguments)
 
     monkeypatch.setattr(Programs, "gradient", counted)
-    counts = {}
+    counts, problem = {}, linear_case()
     for every in (None, 1, 10, 30):
-        problem, calls = linear_case(), 0
+        calls = 0
         minimiser = GradientDescent(0.01, 30, tolerance=tolerance)
         derivative(problem, minimiser, Unrolled(checkpoint=every), problem.start)
         counts[every] = calls

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 import pickle
 import warnings
 from contextlib import redirect_stderr, redirect_stdout
@@ -21,7 +22,17 @@ from helpers import assert_same, case_of, widened
 from linear_gaussian import LinearGaussian
 from torch import Tensor
 
-from varmeta import Density, Fit, GaussianPrior, NonFiniteLoss, Tasks, fit
+from varmeta import (
+    CompletePooling,
+    Density,
+    Fit,
+    GaussianPrior,
+    NonFiniteLoss,
+    NoPooling,
+    PyroNUTS,
+    Tasks,
+    fit,
+)
 from varmeta.inference import nuts
 from varmeta.inference.base import StepInfo
 from varmeta.posterior import TaskPosterior
@@ -180,6 +191,23 @@ def test_posterior_protocol(entry: Entry) -> None:
         assert lpd.shape == tasks.mask.shape and (lpd[~tasks.mask] == 0).all()
         predicted = posterior.predict(tasks, 7, generator(0))
         assert {name: v.shape for name, v in predicted.items()} == {"y": (7, *tasks.mask.shape)}
+
+
+@every_strategy
+def test_shrinkage_has_a_row_for_each_module(entry: Entry) -> None:
+    result = done(entry)
+    table = result.shrinkage().table
+    assert len(table) == 1 and math.isfinite(table["cost"][0])
+    assert table["movement"][0] > 0 and table["relative"][0] > 0 and table["start"][0] == 2
+    pooled = isinstance(entry.strategy, CompletePooling)
+    assert (table["scale"][0] == 0) == pooled
+    scale = float(result.prior.log_scale.exp())
+    assert table["scale"][0] == pytest.approx(scale, rel=1e-12)
+    if result.scales is not None:
+        assert result.scales.shape == (len(result.history), 1)
+        assert float(result.scales[-1]) == scale
+    if isinstance(entry.strategy, NoPooling | PyroNUTS) or pooled:
+        assert result.scales is None
 
 
 @every_strategy

@@ -15,7 +15,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from catalogue import CATALOGUE, Entry
 from export_case import DENSITY, TASKS, assert_equal_exports, group, groups_of, unfitted
 from helpers import FLOAT, assert_close, assert_same, case_of, tasks_of, tensor
 from linear_gaussian import LinearGaussian
@@ -42,7 +41,6 @@ from varmeta import (
 from varmeta import export as export_module
 from varmeta import shrinkage as shrinkage_module
 from varmeta.inference import fit as fit_module
-from varmeta.inference import nuts
 from varmeta.models.derivatives import NotTwiceDifferentiable
 from varmeta.models.modules import Modules
 from varmeta.posterior import Delta, Draws, Gaussian
@@ -303,28 +301,6 @@ def test_it_prints_a_table() -> None:
             f"{row[c]:.3g}" for c in NUMBERS[1:]
         ] + [row["verdict"]]
     assert "adapted from 0.1" in text and "\x1b" not in text
-
-
-ONE = case_of(LinearGaussian.random(3, num_tasks=4), shared_noise=True)  # recorded once for all
-
-
-@pytest.mark.parametrize("entry", CATALOGUE.values(), ids=CATALOGUE.keys())
-def test_every_strategy_has_one(entry: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nuts, "_QUICK_STEPS", 10)
-    with warnings.catch_warnings():  # few steps and draws are reported, as they should be
-        warnings.simplefilter("ignore", RuntimeWarning)
-        done = fit(entry.strategy, ONE.density, ONE.tasks.support, progress=False)
-        table = done.shrinkage().table
-    assert len(table) == 1 and np.isfinite(table["cost"][0])
-    assert table["movement"][0] > 0 and table["relative"][0] > 0
-    pooled = isinstance(entry.strategy, CompletePooling)
-    assert (table["scale"][0] == 0) == pooled
-    scale = float(done.prior.log_scale.exp())
-    assert table["scale"][0] == pytest.approx(scale, rel=1e-12) and table["start"][0] == 2
-    if done.scales is not None:
-        assert done.scales.shape == (len(done.history), 1) and float(done.scales[-1]) == scale
-    if isinstance(entry.strategy, NoPooling) or pooled or "nuts" in entry.strategy.name.lower():
-        assert done.scales is None
 
 
 # -- the path of the scales ------------------------------------------------------------------------

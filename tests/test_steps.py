@@ -326,23 +326,25 @@ def recorded(law: str, dtype: torch.dtype) -> tuple[Density, Tasks]:
 @pytest.mark.parametrize("law", LIKELIHOODS)
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_adapting_stays_finite_on_every_likelihood(name: str, law: str) -> None:
-    """θ_i, its meta-gradient and its query loss, from θ0 up to ten prior sds off either way."""
-    strategy = STRATEGIES[name]
-    for dtype in (torch.float32, torch.float64):
-        density, tasks = recorded(law, dtype)
-        prior = GaussianPrior.from_density(density)
-        batch = Batch(tasks, torch.arange(len(tasks)), len(tasks))
-        for away in (-10.0, 10.0):
-            start = replace(prior, loc=prior.loc + away * prior.scale)
-            state = strategy.init(density, start, tasks, generator(0))
-            losses, info = strategy.task_losses(density, state, batch, generator(1))
-            assert bool(losses.isfinite().all()), (dtype, away, losses)
-            leaves = [t for t in state.meta.raw.values() if t.requires_grad]
-            for grad in torch.autograd.grad(losses.sum(), leaves, materialize_grads=True):
-                assert bool(grad.isfinite().all()), (dtype, away, grad)
-            found = strategy.adapt(density, state, tasks.support, generator(2))
-            assert bool(found.mean.isfinite().all())
-            assert all(bool(s.to(dtype).isfinite().all()) for s in info.stats().values())
+    """θ_i, its meta-gradient and its query loss, from θ0 up to ten prior sds off either way.
+
+    In single precision, which has the smaller range.
+    """
+    strategy, dtype = STRATEGIES[name], torch.float32
+    density, tasks = recorded(law, dtype)
+    prior = GaussianPrior.from_density(density)
+    batch = Batch(tasks, torch.arange(len(tasks)), len(tasks))
+    for away in (-10.0, 10.0):
+        start = replace(prior, loc=prior.loc + away * prior.scale)
+        state = strategy.init(density, start, tasks, generator(0))
+        losses, info = strategy.task_losses(density, state, batch, generator(1))
+        assert bool(losses.isfinite().all()), (away, losses)
+        leaves = [t for t in state.meta.raw.values() if t.requires_grad]
+        for grad in torch.autograd.grad(losses.sum(), leaves, materialize_grads=True):
+            assert bool(grad.isfinite().all()), (away, grad)
+        found = strategy.adapt(density, state, tasks.support, generator(2))
+        assert bool(found.mean.isfinite().all())
+        assert all(bool(s.to(dtype).isfinite().all()) for s in info.stats().values())
 
 
 # -- never silent ---------------------------------------------------------------------------------
