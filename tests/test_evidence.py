@@ -421,6 +421,9 @@ def test_refusals() -> None:
         evidence(q, CASE.prior, tasks.select([0, 1]))
     with pytest.raises(ValueError, match="draws must be at least 25, got 24"):
         evidence(q, CASE.prior, tasks, draws=24)
+    for call in (evidence, loo):  # q was given the support rows alone
+        with pytest.raises(ValueError, match=r"query rows, which are held out: pass tasks.support"):
+            call(q, CASE.prior, CASE.tasks)  # type: ignore[operator]
 
 
 def test_table_for_reading() -> None:

@@ -132,13 +132,13 @@ def evidence(
         posterior: of these tasks given these rows, for example `fit.adapt(tasks)` of tasks
             that are not split.
         prior: N(θ0, Σ).
-        tasks: T tasks; all of their rows count.
+        tasks: T tasks, the rows that the posterior was given: `tasks.support` of split ones.
         draws: of each task, at least 25.
         seed: of the draws, which are those of `to_arviz` with the same seed and number.
 
     Raises:
-        ValueError: a posterior without a density (a delta, or draws), or of other tasks; too few
-            draws.
+        ValueError: a posterior without a density (a delta, or draws), or of other tasks; tasks with
+            held-out rows; too few draws.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist, varmeta as vm
@@ -291,6 +291,7 @@ def _weights(
     if posterior.names != tasks.names:
         got, wanted = (", ".join(names[:3]) for names in (posterior.names, tasks.names))
         raise ValueError(f"posterior is of {got}, ..., the tasks are {wanted}, ...; pass their own")
+    tasks.require_no_query("tasks", "if the posterior was given them too")
     if draws < MIN_DRAWS:
         raise ValueError(f"draws must be at least {MIN_DRAWS}, got {draws}")
     for block in posterior.blocks(draws, generator(seed, 0, device=prior.loc.device)):

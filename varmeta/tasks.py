@@ -282,6 +282,14 @@ class Tasks:
                 "leave it out, or move some of its query rows to the support part"
             )
 
+    def require_no_query(self, argument: str, otherwise: str) -> None:
+        """Raise a ValueError if rows are held out: whether they count here has to be said."""
+        if bool(self.is_query.any()):
+            raise ValueError(
+                f"{argument} has {int(self.is_query.sum())} query rows, which are held out: pass "
+                f"tasks.support to leave them out, or tasks.unsplit {otherwise}"
+            )
+
     # -- splitting --------------------------------------------------------------------------------
 
     def split(self, query: float = 0.3, *, seed: int = 0) -> Tasks:

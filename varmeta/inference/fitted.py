@@ -158,11 +158,7 @@ class Fit:
             NonFinitePosterior: naming the task.
         """
         require_kind("tasks", tasks, Tasks, HOW_TASKS)
-        if bool(tasks.is_query.any()):
-            raise ValueError(
-                f"tasks has {int(tasks.is_query.sum())} query rows, which are held out: pass "
-                "tasks.support to leave them out, or tasks.unsplit to adapt to them too"
-            )
+        tasks.require_no_query("tasks", "to adapt to them too")
         tasks.require_rows("tasks")
         self.density.check_tasks(tasks)
         posterior = self._ran.adapt(
