@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from varmeta import parts
+from varmeta.checked import require_kind
 from varmeta.files import BrokenFile, why
 from varmeta.inference.diagnostics import by_task
 from varmeta.inference.fitted import Fit
@@ -113,6 +114,7 @@ def to_arviz(
             with the name of a dimension or of another variable.
         NonFinitePosterior: naming the task.
     """
+    require_kind("fit", fit, Fit, "vm.fit(strategy, density, tasks) returns one")
     if draws is not None and draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
     if tasks is None and isinstance(fit.tasks, TaskSource):

@@ -200,6 +200,16 @@ def numeric(frame: pd.DataFrame, columns: Sequence[str], place: Callable[[int], 
     return values
 
 
+def is_missing(column: pd.Series) -> np.ndarray:
+    """`[rows]` bool: which cells hold no value."""
+    empty = column.isna().to_numpy()
+    if not (isinstance(column.dtype, pd.StringDtype) or column.dtype == object):
+        return empty
+    texts = column.map(lambda v: v.strip().lower() if isinstance(v, str) else "x")
+    found: np.ndarray = empty | texts.isin(_MISSING).to_numpy()
+    return found
+
+
 def _numbers(column: pd.Series) -> np.ndarray:
     """As floats; NaN where a value is none."""
     kind = pd.api.types

@@ -420,6 +420,10 @@ class TaskSource:
         self.seed = seed
         self.device = device
 
+    def __repr__(self) -> str:
+        name = getattr(self.draw, "__name__", type(self.draw).__name__)
+        return f"TaskSource({name}, seed={self.seed})"
+
     def __getstate__(self) -> dict[str, Any]:
         require_picklable("the stream's draw", self.draw)
         return vars(self)

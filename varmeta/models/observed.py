@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from varmeta.models.over_tasks import over_tasks
+from varmeta.seeds import generator, global_rng
 from varmeta.tasks import Tasks
 
 if TYPE_CHECKING:
@@ -30,11 +31,24 @@ class Observed:
     nominal: bool
 
 
-def _is_nominal(law: Any) -> bool:
-    """Whether the values of this law are classes without an order."""
+def _nominal(law: Any) -> Any:
+    """The law of classes without an order that this one is, or None."""
     while "base_dist" in vars(law) and type(law).__name__ not in _NOMINAL:
         law = law.base_dist
-    return type(law).__name__ in _NOMINAL
+    return law if type(law).__name__ in _NOMINAL else None
+
+
+def classes_of(density: Density, tasks: Tasks) -> dict[str, int]:
+    """By observed site: how many classes without an order its law draws from, 0 if it draws others.
+
+    It is asked of the first task, without its targets.
+    """
+    with torch.no_grad(), global_rng(generator(0, device=tasks.mask.device)):
+        trace = density._trace(
+            density.prior_loc, density.shared_init, tasks.inputs[0, tasks.mask[0]], None
+        )
+    laws = {name: _nominal(trace.nodes[name]["fn"]) for name in density.observed}
+    return {name: 0 if law is None else int(law.logits.shape[-1]) for name, law in laws.items()}
 
 
 def observed_data(density: Density, tasks: Tasks) -> dict[str, Observed]:
@@ -50,7 +64,7 @@ def observed_data(density: Density, tasks: Tasks) -> dict[str, Observed]:
 
     def values(theta: Tensor, shared: Tensor, x: Tensor, y: Tensor) -> dict[str, Tensor]:
         nodes = density._trace(theta, shared, x, y).nodes
-        nominal.update({name: _is_nominal(nodes[name]["fn"]) for name in density.observed})
+        nominal.update({name: _nominal(nodes[name]["fn"]) is not None for name in density.observed})
         return {name: nodes[name]["value"] for name in density.observed}
 
     each = over_tasks(values, 0, False, loop=density._how == "one by one")
