@@ -71,8 +71,16 @@ def empty(group: str, *x: float) -> pd.DataFrame:
 def test_each_task_is_predicted_by_all_that_is_known_of_it() -> None:
     more, new = made("g2", 3), made("new", 3)
     data = pd.concat(
-        [empty("none", 2.0), FRAME, empty("g5", 0.3), more, new, empty("g2", -1.0, 0.5)]
-        + [empty("new", 1.0), empty("g1", 0.0)],
+        [
+            empty("none", 2.0),
+            FRAME,
+            empty("g5", 0.3),
+            more,
+            new,
+            empty("g2", -1.0, 0.5),
+            empty("new", 1.0),
+            empty("g1", 0.0),
+        ],
         ignore_index=True,
     ).astype({"y": object})
     data.index = data.index[::-1]  # the index is the user's own
@@ -165,7 +173,6 @@ def test_what_cannot_be_predicted_is_said() -> None:
 
 
 STRATEGIES = {
-    "nuts": vm.PyroNUTS(draws=6, warmup=2, chains=1),
     "svi": vm.PyroSVI(steps=20),
     "complete": vm.CompletePooling(),
     "reptile": vm.Reptile(steps=3),
@@ -187,6 +194,20 @@ def test_every_strategy_says_what_it_knows_of_a_task_without_rows(name: str) -> 
     if name == "reptile":  # Σ is not learned
         with pytest.warns(RuntimeWarning, match="Reptile has not learned Σ"):
             fit.predict(empty("p", 0.0))
+
+
+def test_nuts_knows_a_task_without_rows_by_each_draw_of_the_prior() -> None:
+    nuts, noise = vm.PyroNUTS(draws=DRAWS, chains=1), torch.Generator().manual_seed(0)
+    state = nuts.init(FIT.density, FIT.prior, TASKS, noise)
+    loc, spread = torch.arange(DRAWS, dtype=torch.float64) % 5, torch.tensor([0.5, 2.0])
+    state.tensors["loc"][:] = loc[:, None]
+    state.tensors["log_scale"][:] = spread.log()
+    posterior = nuts.unseen(FIT.density, state, ["p", "q"], noise)
+    theta, _ = posterior.sample(DRAWS, noise)
+    white = (theta - loc[:, None, None]) / spread
+    assert float(white.mean(0).abs().max()) < 5 / DRAWS**0.5
+    assert float((white.var(0) - 1).abs().max()) < 5 * (2 / DRAWS) ** 0.5
+    assert not torch.equal(white[:, 0], white[:, 1])
 
 
 def kinds(x: Tensor, y: Tensor | None = None) -> None:

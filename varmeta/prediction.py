@@ -41,11 +41,12 @@ class Predictions:
     """What a fit says of rows whose targets are not known.
 
     Attributes:
-        table: a row for each of them, in the order of the data: the columns of the data; `known_by`,
-            what its task is known by (`"training"`, `"its rows"`, both, or the `"prior"` alone);
-            and of each observed site, by its name, `.mean`, `.sd` and quantiles (`.q5`, …) of the
-            prediction, which include the noise. Of a site with several entries `name[0].mean` and
-            so on; of classes the probability `.p[k]` of each, and the likeliest, `.mode`.
+        table: a row for each of them, in the order of the data: the columns of the data;
+            `known_by`, what its task is known by (`"training"`, `"its rows"`, both, or the
+            `"prior"` alone); and of each observed site, by its name, `.mean`, `.sd` and quantiles
+            (`.q5`, …) of the prediction, which include the noise. Of a site with several entries
+            `name[0].mean` and so on; of classes the probability `.p[k]` of each, and the likeliest,
+            `.mode`.
         draws: by observed site `[S, rows, *event]`, as many as were asked to be kept.
     """
 
