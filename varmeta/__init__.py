@@ -60,8 +60,10 @@ from varmeta.inference.sigma import SigmaIMAML, SigmaMAML, SigmaReptile
 from varmeta.inference.stochastic import Stochastic, meta_gradient
 from varmeta.inference.stopping import Terminated
 from varmeta.inference.svi import PyroSVI
+from varmeta.loading import load
 from varmeta.models import Density, GaussianPrior, Modules, hierarchy
 from varmeta.posterior import TaskPosterior
+from varmeta.prediction import Predictions
 from varmeta.shrinkage import Shrinkage
 from varmeta.tasks import Tasks, TaskSource
 
@@ -121,6 +123,7 @@ __all__ = [
     "OneStep",
     "Pathwise",
     "PersistentES",
+    "Predictions",
     "PriorDominated",
     "ProximalDescent",
     "PyroNUTS",
@@ -152,6 +155,7 @@ __all__ = [
     "from_netcdf",
     "hierarchy",
     "laplace_evidence",
+    "load",
     "loo",
     "mechanisms",
     "mechanisms_at",

@@ -26,8 +26,11 @@ from varmeta.comparison import compare as run_comparison
 from varmeta.failures import expected, explain, own_line
 from varmeta.inference.base import Strategy
 from varmeta.inference.stopping import Terminated, terminating
+from varmeta.loading import load, strategies_in
 from varmeta.models.sites import Model
+from varmeta.prediction_files import predict_file
 from varmeta.problems import PROBLEMS, Problem
+from varmeta.runs import MODEL_PLACE, said
 from varmeta.settings import DEFAULT, STRATEGIES, choose, described, table_names
 from varmeta.tasks import Tasks
 
@@ -158,6 +161,7 @@ def compare(
             seed=seed,
             folder=folder,
             overwrite=overwrite,
+            model_place=_place(problem),
         )
         folder = result.folder or folder
         typer.echo(str(result))
@@ -166,6 +170,56 @@ def compare(
         if result.failures:
             _say_failed(result, folder, debug)
             raise typer.Exit(1)
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="Output folder of varmeta compare.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="CSV file with the run's columns; rows whose target is empty, or all if "
+            "it has no such column, are predicted."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="CSV file to write.")] = Path("predictions.csv"),
+    strategy: Annotated[
+        str | None, typer.Option(help="One of the run; default the best on known tasks.")
+    ] = None,
+    quantiles: Annotated[
+        str, typer.Option(help="Of the predictions, by commas.")
+    ] = "0.05,0.5,0.95",
+    draws: Annotated[int, typer.Option(help="Draws to write for each row, as columns.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    model: Annotated[
+        str | None, typer.Option(help="FILE.py:FUNCTION, if the model is no longer where it was.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the file to write.")] = False,
+    debug: Annotated[bool, typer.Option(help="Show the traceback of what fails.")] = False,
+) -> None:
+    """Predict rows without a target: of known tasks, of new ones with some rows or with none.
+
+    The rows are written with all of their columns, what their task is known by, and mean, standard
+    deviation and quantiles of each prediction. Rows with a target say more of their task.
+    """
+    with _in_plain_words(debug):
+        place = model or said(run, MODEL_PLACE)
+        if not place:
+            raise ValueError(
+                f"{run} does not say where its model is: a program wrote it; give it by "
+                "--model FILE.py:FUNCTION"
+            )
+        loaded = PROBLEMS[place](0).density.model if place in PROBLEMS else _model_at(place)
+        done = predict_file(
+            load(run, loaded, strategy=strategy or strategies_in(run)[0]),
+            data,
+            out,
+            quantiles=[float(q) for q in _split(quantiles)],
+            keep=draws,
+            seed=seed,
+            overwrite=overwrite,
+        )
+        _say(Console(), done)
 
 
 @app.command()
@@ -255,6 +309,21 @@ def _settled(strategy: Strategy, case: Problem) -> Strategy:
         return strategy.settled(case.density, whole=True)
     except ValueError:
         return strategy
+
+
+def _place(problem: str) -> str:
+    """Where the model is, wherever `varmeta predict` is called from."""
+    path, _, name = problem.rpartition(":")
+    return problem if problem in PROBLEMS else f"{Path(path).resolve()}:{name}"
+
+
+def _model_at(place: str) -> Model:
+    path, colon, name = place.rpartition(":")
+    if not colon or not Path(path).is_file():
+        raise ValueError(
+            f"no file {path or place!r}, where the model was; give it by --model FILE.py:FUNCTION"
+        )
+    return load_model(Path(path), name)
 
 
 def _own_problem(

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from varmeta.checked import require_kind
 from varmeta.failures import Attempt, Failures
-from varmeta.files import load
+from varmeta.files import load, packed
 from varmeta.fingerprint import fingerprint
 from varmeta.inference.base import Strategy
 from varmeta.inference.fit import fit
@@ -27,7 +27,8 @@ from varmeta.kept import PARTS, Kept, part_file
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import TaskPosterior
-from varmeta.runs import RunFolder, run_folder
+from varmeta.runs import DATA_FILE, MODEL_PLACE, RunFolder, run_folder
+from varmeta.saved import packed_data, packed_strategy
 from varmeta.scores import Outcome, Score, left_out, score, score_table, task_sets
 from varmeta.seeds import generator
 from varmeta.shrinkage import MOST_MODULES
@@ -143,6 +144,7 @@ def compare(
     folder: str | PathLike[str] | None = None,
     overwrite: bool = False,
     progress: bool | None = None,
+    model_place: str = "",
 ) -> Comparison:
     """Fit every strategy to the same rows and score all of them on the same held-out rows.
 
@@ -173,6 +175,8 @@ def compare(
             scored and all is written; to go on with one that was interrupted, call again without
             `overwrite`.
         progress: show progress bars; None for "when the output is a terminal".
+        model_place: where `varmeta predict` finds the model, as `FILE.py:NAME` or a shipped
+            problem's name; kept in `folder`. Without it that command must be told.
 
     Raises:
         TypeError: strategies, a density or tasks that are none.
@@ -198,6 +202,9 @@ def compare(
     given = {"train": train, "new": new}
     settings = fingerprint(named, density, given, prior, seed=seed, draws=draws)
     with run_folder(Path(folder), settings, named, overwrite=overwrite) as run:
+        if model_place:
+            run.say(MODEL_PLACE, model_place)
+        _write_data(run, named, density, train.support, prior)
         return _compared(named, density, train, new, prior, seed, draws, progress, run)
 
 
@@ -376,6 +383,22 @@ def _write(comparison: Comparison, run: RunFolder, failed: Failures) -> None:
     if comparison.outcomes:
         run.take_place()
     comparison.folder = run.folder
+
+
+def _write_data(
+    run: RunFolder,
+    named: Mapping[str, Strategy],
+    density: Density,
+    tasks: Tasks,
+    prior: GaussianPrior,
+) -> None:
+    """What `load` needs beside the strategies' checkpoints."""
+    strategies = {}
+    for name, strategy in named.items():
+        file = run.state_file(name).relative_to(run.folder).as_posix()
+        strategies[name] = {"file": file, "settings": packed_strategy(strategy)}
+    data = packed_data(density, tasks, prior)
+    run.write(DATA_FILE, packed({"strategies": strategies, "data": data}))
 
 
 def _write_table(comparison: Comparison, run: RunFolder) -> None:

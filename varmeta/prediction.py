@@ -53,6 +53,15 @@ class Predictions:
     table: pd.DataFrame
     draws: Mapping[str, np.ndarray]
 
+    def with_draws(self) -> pd.DataFrame:
+        """The table with a column for each draw that was kept, `name.draw[k]` from 0."""
+        more = {}
+        for site, values in self.draws.items():
+            for index in np.ndindex(values.shape[2:]):
+                for k in range(len(values)):
+                    more[f"{site}{_entry(index)}.draw[{k}]"] = values[(k, slice(None), *index)]
+        return pd.concat([self.table, pd.DataFrame(more, index=self.table.index)], axis=1)
+
     def __str__(self) -> str:
         return self.table.to_string(max_rows=20, float_format="{:.5g}".format)
 
@@ -64,11 +73,15 @@ def predict(
     quantiles: Sequence[float] = QUANTILES,
     keep: int = 0,
     seed: int = 0,
+    first_line: int | None = None,
 ) -> Predictions:
-    """What `Fit.predict` returns."""
+    """What `Fit.predict` returns; `first_line` is that of the frame's rows in their file."""
     _require(draws, quantiles, keep)
     require_kind("data", data, (pd.DataFrame, Tasks), _HOW_DATA)
-    tasks = _tasks_of(fit, data) if isinstance(data, pd.DataFrame) else _marked(fit, data)
+    if isinstance(data, pd.DataFrame):
+        tasks = _tasks_of(fit, data, first_line)
+    else:
+        tasks = _marked(fit, data)
     wanted = _to_predict(fit, tasks)
     rows = int(wanted.mask.sum())
     like = wanted.mask.device
@@ -112,7 +125,7 @@ def _require(draws: int, quantiles: Sequence[float], keep: int) -> None:
 # -- which rows ------------------------------------------------------------------------------------
 
 
-def _tasks_of(fit: Fit, frame: pd.DataFrame) -> Tasks:
+def _tasks_of(fit: Fit, frame: pd.DataFrame, first_line: int | None) -> Tasks:
     """The frame as tasks of the fit's kind, in which query rows are those without a target."""
     like = fit.tasks
     if isinstance(like, TaskSource):
@@ -130,8 +143,8 @@ def _tasks_of(fit: Fit, frame: pd.DataFrame) -> Tasks:
     elif isinstance(frame[target], pd.Series):  # or else there are two, which is refused below
         empty = is_missing(frame[target])
         there = frame.assign(**{target: frame[target].astype(object).where(~empty, 0.0)})
-    made = Tasks.from_frame(
-        there, task=like.task_name, inputs=like.input_names, target=target, dtype=like.inputs.dtype
+    made = Tasks._from_frame(
+        there, like.task_name, like.input_names, target, like.inputs.dtype, first_line
     )
     assert made.row_ids is not None
     query = torch.tensor(empty)[made.row_ids] & made.mask
@@ -285,6 +298,11 @@ def _plain(name: str) -> str:
 # -- what is said of a row -------------------------------------------------------------------------
 
 
+def _entry(index: tuple[int, ...]) -> str:
+    """Of a value with several, in the name of its columns."""
+    return f"[{','.join(map(str, index))}]" if index else ""
+
+
 class _Columns:
     """Columns of the table, filled some rows at a time.
 
@@ -324,8 +342,7 @@ class _Columns:
                 if classes:  # one of them is 1
                     self._set(f"{site}.p[{index[-1]}]", place, flat[..., k].mean(0))
                 else:
-                    where = f"[{','.join(map(str, index))}]" if index else ""
-                    self._summary(f"{site}{where}", place, flat[..., k])
+                    self._summary(f"{site}{_entry(index)}", place, flat[..., k])
 
     def _summary(self, name: str, place: np.ndarray, values: np.ndarray) -> None:
         self._set(f"{name}.mean", place, values.mean(0))

@@ -22,6 +22,8 @@ from varmeta.files import (
 )
 from varmeta.fingerprint import differences, in_words
 
+DATA_FILE = "data.pt"  # what all strategies of a run have in common, and the settings of each
+MODEL_PLACE = "model"  # the key of `RunFolder.say` for where the model is
 _MANIFEST = "run.json"
 _ASIDE = "replacement"  # the folder within a run's in which the run that is to replace it grows
 _KINDS = {"finished": bool, "settings": dict, "files": list}
@@ -134,6 +136,12 @@ class RunFolder:
         if self._manifest["files"] != before:
             self._save()
 
+    def say(self, key: str, text: str) -> None:
+        """Note a text about the run, which does not identify it, in `run.json`."""
+        if self._manifest.get(key) != text:
+            self._manifest[key] = text
+            self._save()
+
     def finish(self) -> None:
         """Mark the run as finished: the same call is refused from now on."""
         self._manifest["finished"] = True
@@ -177,6 +185,18 @@ def run_folder(
     require_writable(folder / _MANIFEST, "folder")
     with locked(folder / _MANIFEST, f"folder {str(folder)!r}"):
         yield RunFolder(folder, settings, names, overwrite=overwrite)
+
+
+def said(folder: Path, key: str) -> str:
+    """What `RunFolder.say` noted of the run in a folder; '' for nothing.
+
+    Raises:
+        BrokenFile: the folder holds no run.
+    """
+    found = _read(folder)
+    if found is None:
+        raise BrokenFile(f"{folder} holds no run of varmeta; give a folder that compare wrote")
+    return str(found.get(key, ""))
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

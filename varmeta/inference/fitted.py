@@ -23,6 +23,7 @@ from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import DRAWS, TaskPosterior
 from varmeta.prediction import QUANTILES, Predictions, predict
+from varmeta.saved import packed_data, packed_strategy
 from varmeta.seeds import generator
 from varmeta.shrinkage import Shrinkage, find_shrinkage, scales_path
 from varmeta.tasks import HOW_TASKS, Tasks, TaskSource
@@ -281,12 +282,30 @@ class Fit:
         return find_shrinkage(self, tasks, posterior, query, least)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the state and history; tensors and numbers only, loadable with `weights_only`.
+        """Write all of it but the model's code to one file, which `vm.load` reads.
+
+        The file holds tensors, numbers and texts only: what was learned, the training tasks, the
+        strategy's settings and the model's sites. It loads with `weights_only`, and nothing in it
+        is run. Not in it are the model, a stream's tasks, and settings that are functions of your
+        own: `vm.load` is given these again.
 
         Raises:
             NotWritten: a full disk, say; what the path held before is kept.
         """
-        saved = {
+        given = self.density, self.tasks, self.state.meta.origin, self.batch_size
+        also = {"settings": packed_strategy(self.strategy), "data": packed_data(*given)}
+        write(Path(path), packed(self._learned() | also))
+
+    def save_state(self, path: str | PathLike[str]) -> None:
+        """Write what was learned alone, as a checkpoint for `fit(checkpoint=path)`.
+
+        Raises:
+            NotWritten: a full disk, say; what the path held before is kept.
+        """
+        write(Path(path), packed(self._learned()))
+
+    def _learned(self) -> dict[str, Any]:
+        return {
             "fingerprint": self.fingerprint or identify(self),
             "state": self.state.state_dict(),
             "seed": self.seed,
@@ -295,7 +314,6 @@ class Fit:
             "stats": self.stats,
             "moved": torch.stack(self.path) if self.path else [],
         }
-        write(Path(path), packed(saved))
 
 
 def identify(run: Fit) -> Fingerprint:
