@@ -58,7 +58,9 @@ class Comparison:
             across tasks `elpd_se`, `elpd_diff` to the best strategy with that of the paired
             difference `elpd_diff_se`,
             `rmse` of the predictive mean, `coverage` of the central 90% predictive interval (both
-            of what the model observes, as of log y; NaN for classes without an order),
+            of what the model observes, as of log y, and leaves out what it masks; NaN for classes
+            without an order, and an `rmse` of several observed sites together; each by itself has
+            `elpd[name]`, `rmse[name]` and `coverage[name]`),
             `pareto_k` of the worst task, given the rows that its posterior was conditioned on (see
             `evidence`; above 0.7 its q_i is not to be trusted; −inf where q_i is exact for the
             learned prior held fixed, which leaves out what is not known of its scales; NaN for

@@ -127,7 +127,12 @@ class TaskPosterior(ABC):
         return self.select([place[name] for name in tasks.names])
 
     def log_predictive(
-        self, tasks: Tasks, count: int = DRAWS, generator: torch.Generator | None = None
+        self,
+        tasks: Tasks,
+        count: int = DRAWS,
+        generator: torch.Generator | None = None,
+        *,
+        site: str | None = None,
     ) -> Tensor:
         """log p(y_n | posterior) of every row, nats: `[T, N]`, averaged over `count` draws.
 
@@ -138,6 +143,7 @@ class TaskPosterior(ABC):
             tasks: some of the posterior's tasks in any order, matched by name, with any rows.
             count: number of draws.
             generator: where the random numbers come from; that of seed 0 if None.
+            site: one of several observed sites alone; all of them together if None.
 
         Raises:
             TypeError: tasks that are no `Tasks`.
@@ -149,7 +155,7 @@ class TaskPosterior(ABC):
             for block in posterior.blocks(count, noise):
                 some = parts.tasks_at(tasks, block.tasks)
                 drawn = block.theta, some, block.shared
-                for part, nats in parts.log_likelihood(self.density, *drawn):
+                for part, nats in parts.log_likelihood(self.density, *drawn, site):
                     rows = 1
                     if self.density.joint:  # the mean over draws is of a task's density
                         rows = nats.shape[-1]
@@ -247,10 +253,15 @@ class Delta(TaskPosterior):
         return self.loc.expand(count, *self.loc.shape), self.shared
 
     def log_predictive(
-        self, tasks: Tasks, count: int = DRAWS, generator: torch.Generator | None = None
+        self,
+        tasks: Tasks,
+        count: int = DRAWS,
+        generator: torch.Generator | None = None,
+        *,
+        site: str | None = None,
     ) -> Tensor:
         """log p(y_n | θ_i, φ) of every row, nats: `[T, N]`; all draws are alike."""
-        return super().log_predictive(tasks, 1, generator)
+        return super().log_predictive(tasks, 1, generator, site=site)
 
     def log_prob(self, theta: Tensor) -> Tensor:
         """Raises: a delta has no density."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from varmeta.checked import require_kind
-from varmeta.models.observed import classes_of
+from varmeta.models.observed import predicted_sites
 from varmeta.posterior import DRAWS, TaskPosterior
 from varmeta.raw_data import is_missing
 from varmeta.seeds import generator
@@ -319,13 +319,13 @@ class _Columns:
     ) -> None:
         self.columns: dict[str, np.ndarray] = {}
         self.draws: dict[str, np.ndarray] = {}
-        self._classes = classes_of(fit.density, tasks)
+        self._classes = predicted_sites(fit.density, tasks)
         self._quantiles, self._keep, self._rows = list(quantiles), keep, rows
 
     def put(self, place: np.ndarray, drawn: Mapping[str, Tensor]) -> None:
         """Draws `[S, n, *event]` of each observed site, of the rows at these n places."""
-        for site, tensor in drawn.items():
-            values = tensor.cpu().numpy()
+        for site in self._classes:
+            values = drawn[site].cpu().numpy()
             if self._keep:
                 shape = self._keep, self._rows, *values.shape[2:]
                 kept = self.draws.setdefault(site, np.empty(shape, values.dtype))

@@ -101,7 +101,7 @@ class Density:
             for s in sites
             if s.role != "adapted"
         )
-        self._batched: dict[tuple[int, bool], Callable[..., Tensor]] = {}
+        self._batched: dict[tuple[int, bool, str | None], Callable[..., Tensor]] = {}
         self._programs: dict[str, Programs] = {}
         self._compiled = False
         self._how: How = "together"
@@ -165,13 +165,21 @@ class Density:
 
     # -- evaluating -------------------------------------------------------------------------------
 
-    def log_likelihood(self, theta: Tensor, tasks: Tasks, shared: Tensor | None = None) -> Tensor:
+    def log_likelihood(
+        self,
+        theta: Tensor,
+        tasks: Tasks,
+        shared: Tensor | None = None,
+        *,
+        site: str | None = None,
+    ) -> Tensor:
         """log p(y_n | θ, φ) of every row, nats; 0 where a row is padding.
 
         Args:
             theta: `[..., T, D]`; leading dimensions are draws or particles.
             tasks: T tasks of N rows.
             shared: `[P]`, or `[..., T, P]` when it differs between draws; `shared_init` if None.
+            site: one of `observed`, for what it alone says; the sum of all if None.
 
         Returns:
             `[..., T, N]`.
@@ -181,9 +189,9 @@ class Density:
         """
         shared = self.shared_init if shared is None else shared
         self._check_shapes(theta, tasks, shared)
-        key = (theta.dim() - 2, shared.dim() > 1)
+        key = (theta.dim() - 2, shared.dim() > 1, site)
         if key not in self._batched:
-            rows = self._over_tasks(*key)
+            rows = self._over_tasks(*key[:2], self.observed if site is None else [site])
             rows = rows if self._how == "one by one" else Captured(rows)
             self._batched.setdefault(key, rows)
         # What was recorded views its arguments as they lay in memory then.
@@ -318,11 +326,15 @@ class Density:
         self._how = how
         self._batched, self._programs = {}, {}
 
-    def _over_tasks(self, draws: int, per_draw: bool) -> Callable[..., Tensor]:
+    def _over_tasks(
+        self, draws: int, per_draw: bool, sites: Sequence[str] | None = None
+    ) -> Callable[..., Tensor]:
         """`_pointwise` for all tasks, with θ `[..., T, D]` of so many dimensions of draws."""
+        sites = self.observed if sites is None else sites
         if self._how == "apart":
-            return rows_apart(self._observed_sites, draws, per_draw)
-        return over_tasks(self._pointwise, draws, per_draw, loop=self._how == "one by one")
+            return rows_apart(partial(self._observed_sites, sites), draws, per_draw)
+        pointwise = partial(self._pointwise, sites)
+        return over_tasks(pointwise, draws, per_draw, loop=self._how == "one by one")
 
     def _mapped(self, function: Callable[..., Any], dims: Sequence[int | None]) -> Any:
         """`function` over tasks; one by one where `vmap` cannot ask the law for its density."""
@@ -330,14 +342,18 @@ class Density:
             return torch.vmap(function, tuple(dims))
         return one_by_one(function, dims)
 
-    def _observed_sites(self, theta: Tensor, shared: Tensor, x: Tensor, y: Tensor) -> list[Any]:
-        """One task: the observed nodes of the model's trace."""
+    def _observed_sites(
+        self, sites: Sequence[str], theta: Tensor, shared: Tensor, x: Tensor, y: Tensor
+    ) -> list[Any]:
+        """One task: these observed nodes of the model's trace."""
         nodes = self._trace(theta, shared, x, y).nodes
-        return [nodes[name] for name in self.observed]
+        return [nodes[name] for name in sites]
 
-    def _pointwise(self, theta: Tensor, shared: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    def _pointwise(
+        self, sites: Sequence[str], theta: Tensor, shared: Tensor, x: Tensor, y: Tensor
+    ) -> Tensor:
         """One task: `[D]`, `[P]` and its data to `[N]` nats."""
-        return self._row_nats(self._trace(theta, shared, x, y), len(y))
+        return self._row_nats(self._trace(theta, shared, x, y), len(y), sites)
 
     def _outputs(self, theta: Tensor, shared: Tensor, x: Tensor, y: Tensor) -> list[Tensor]:
         """One task: the parameters of each row's law, whatever their shapes."""
@@ -351,12 +367,12 @@ class Density:
         trace, rest = self._trace(theta, shared, x, y), iter(outputs)
         for name in self.observed:
             trace.nodes[name]["fn"] = law_with(trace.nodes[name]["fn"], rest)
-        return self._row_nats(trace, len(y))
+        return self._row_nats(trace, len(y), self.observed)
 
-    def _row_nats(self, trace: Any, rows: int) -> Tensor:
+    def _row_nats(self, trace: Any, rows: int, sites: Sequence[str]) -> Tensor:
         with validation_off(), BatchedOperations(self._compiled):
-            trace.compute_log_prob(lambda name, site: name in self.observed)
-        return reduce(add, [by_row(trace.nodes[n]["log_prob"], 0, rows) for n in self.observed])
+            trace.compute_log_prob(lambda name, site: name in sites)
+        return reduce(add, [by_row(trace.nodes[n]["log_prob"], 0, rows) for n in sites])
 
     def _trace(
         self,
