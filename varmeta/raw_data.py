@@ -52,10 +52,16 @@ def check_pair(label: str, x: Tensor, y: Tensor, first_x: Tensor, first_y: Tenso
                 f"{value.dtype}, the first task {tuple(first.shape[1:])} and {first.dtype}; "
                 "wanted the same for all tasks"
             )
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            row = int((~value.isfinite()).nonzero()[0, 0])
+        if not value.is_floating_point():
+            continue
+        bad = (
+            value.isinf() if name == "y" else ~value.isfinite()
+        )  # y may be what is to be predicted
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0, 0])
+            what = "infinity" if name == "y" else "NaN or infinity"
             raise ValueError(
-                f"task {label!r}: {name} holds NaN or infinity in row {row}; drop or fill that row"
+                f"task {label!r}: {name} holds {what} in row {row}; drop or fill that row"
             )
 
 

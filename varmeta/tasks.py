@@ -99,7 +99,8 @@ class Tasks:
     ) -> Tasks:
         """Tasks from `[(x, y), ...]`, x of shape `[n_i, *input_shape]`, y `[n_i, *target_shape]`.
 
-        Data types are kept as they are given.
+        Data types are kept as they are given. A target of NaN is one to be predicted
+        (`fit.predict`); of a target of several entries some may be NaN, which count for nothing.
 
         Example:
             >>> tasks = Tasks.from_list(

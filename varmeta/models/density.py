@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial, reduce
 from operator import add
@@ -21,6 +22,7 @@ from varmeta.models.capture import Captured
 from varmeta.models.check_model import check_model
 from varmeta.models.derivatives import EnergyFunction
 from varmeta.models.drawing import draw_observed
+from varmeta.models.gaps import PartlyObserved, has_gaps
 from varmeta.models.laws import law_in, law_parameters, law_with
 from varmeta.models.operations import BatchedOperations
 from varmeta.models.over_tasks import How, by_row, one_by_one, over_tasks, rows_apart
@@ -55,6 +57,8 @@ class Density:
 
     Attributes:
         joint: whether the rows of a task are one draw.
+        gaps: whether targets of several entries may be NaN in some of them: a row then counts by
+            the others, as long as its law gives each entry a density of its own.
 
     Args:
         model: a Pyro model (a function or a `PyroModule`) of one task.
@@ -95,6 +99,7 @@ class Density:
         self.target_shape = y.shape[1:]
         self.input_shape = x.shape[1:]
         sites, self.observed, self.joint = read_sites(model, x, y, shared)
+        self.gaps = has_gaps(tasks.targets, tasks.mask)
         self.sites = tuple(s for s in sites if s.role == "adapted")
         self.shared_sites = tuple(  # in the data's type, so that their densities are too
             s if s.prior is None else replace(s, prior=law_in(s.loc.dtype, s.prior))
@@ -393,6 +398,7 @@ class Density:
             pyro_untouched(),  # first: the others change what threads share
             validation_off(),
             poutine.block(),
+            PartlyObserved() if self.gaps else nullcontext(),
             Answer(params, None if together is None else partial(draw, theta, together)),
             BatchedOperations(self._compiled, theta if self._how == "apart" else None),
         ):
@@ -410,6 +416,11 @@ class Density:
         are finite, and each target lies in the support of its law; the error says where not.
         """
         self.check_data(tasks, self.shared_init)
+        if not self.gaps and has_gaps(tasks.targets, tasks.mask):
+            raise ValueError(
+                "tasks: some targets are NaN in a part of their entries, and the density was built "
+                "from tasks without such gaps; build it from tasks that have some"
+            )
         check_targets(self, tasks)
 
     def check_data(self, tasks: Tasks, shared: Tensor, lead: Sequence[int] = ()) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from varmeta.models.over_tasks import over_tasks
+from varmeta.models.support import not_masked
 from varmeta.seeds import generator, global_rng
 from varmeta.tasks import Tasks
 
@@ -86,17 +87,9 @@ def observed_data(density: Density, tasks: Tasks) -> dict[str, Observed]:
 
 def _seen(node: Any) -> Tensor:
     """Which entries of an observed site's value count, of the value's shape."""
-    value: Tensor = node["value"]
-    seen = value.isfinite() if value.is_floating_point() else torch.ones_like(value).bool()
-    law, masks = node["fn"], [(node.get("mask"), node["fn"].event_dim)]
-    while law is not None:
-        masks.append((vars(law).get("_mask"), law.event_dim))
-        law = vars(law).get("base_dist")
-    for mask, dims in masks:
-        if mask is not None:
-            mask = torch.as_tensor(mask, device=value.device).bool()
-            seen = seen & mask.reshape(tuple(mask.shape) + (1,) * dims)
-    return seen
+    value, counts = node["value"], not_masked(node)
+    there = value.isfinite() if value.is_floating_point() else torch.ones_like(value).bool()
+    return there if counts is None else there & counts
 
 
 def derived_sites(density: Density, tasks: Tasks) -> dict[str, int | None]:
