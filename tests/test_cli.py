@@ -61,8 +61,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(*arguments: str) -> tuple[int, str]:
-    result = CliRunner().invoke(cli.app, ["compare", *arguments])
+def run(*arguments: str, command: str = "compare") -> tuple[int, str]:
+    result = CliRunner().invoke(cli.app, [command, *arguments])
     return result.exit_code, re.sub(r"\s+", " ", result.output)
 
 
@@ -77,6 +77,37 @@ def test_own_model_and_data(workplace: Path) -> None:
     assert Path("out/IMAML.nc").exists()
     code, output = run(*command)
     assert code == 2 and "holds a finished run" in output and "--overwrite" in output
+    predicted(workplace)
+
+
+def predicted(workplace: Path) -> None:
+    """What `varmeta predict` makes of the run in out/, and of mistakes."""
+    frame = pd.read_csv("radon.csv").iloc[:4].astype({"log_radon": object})
+    frame.loc[1:2, "log_radon"] = ""
+    frame.to_csv("new.csv", index=False)
+    command = ["out", "--data", "new.csv", "--strategy", "imaml", "--quantiles", "0.5"]
+    code, output = run(*command, "--draws", "2", command="predict")
+    assert code == 0 and "2 rows predicted by IMAML" in output, output
+    found = pd.read_csv("predictions.csv")
+    assert found["county"].tolist() == frame["county"].tolist()[1:3]
+    own = ["known_by", *(f"log_radon.{n}" for n in ("mean", "sd", "q50", "draw[0]", "draw[1]"))]
+    assert list(found)[len(frame.columns) :] == own
+    wrong = {
+        "'predictions.csv' is there": [*command],
+        "out has no 'PyroNUTS'": ["out", "--data", "new.csv", "--strategy", "nuts", "--out", "p.csv"],
+        "gone.py', where the model was": [*command, "--model", "gone.py:county"],
+        "holds no run": ["nowhere", "--data", "new.csv"],
+        "is there; name another file": ["out", "--data", "new.csv", "--out", "new.csv"],
+    }
+    for said, arguments in wrong.items():
+        code, output = run(*arguments, command="predict")
+        assert code == 2 and said in output and "Traceback" not in output, output
+    Path("other.py").write_text(MODEL.replace("def county", "def state"))
+    frame["floor"] = ["0", "1", "ground", "0"]
+    frame.to_csv("new.csv", index=False)
+    code, output = run(*command, "--model", "other.py:state", "--overwrite", command="predict")
+    assert code == 2 and "'ground' in line 4" in output, output
+    assert list(pd.read_csv("predictions.csv")) == list(found)
 
 
 def test_shipped_problem_without_held_out_rows(workplace: Path) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -69,6 +70,15 @@ def test_own_model_command(command: str, tmp_path: Path, monkeypatch: pytest.Mon
     assert result.exit_code == 0, result.output
     assert "known tasks" in result.output
     assert Path("runs/my_model_county/table.csv").exists()
+    rows = load("radon").iloc[::40].assign(log_radon=lambda f: f["log_radon"].where(f["floor"] > 0))
+    rows.to_csv("new.csv", index=False)
+    for other in (c for c in COMMANDS if c.startswith("varmeta predict")):
+        if COMMANDS[other] == COMMANDS[command]:
+            result = CliRunner().invoke(app, shlex.split(other)[1:])
+            assert result.exit_code == 0, result.output
+            found = pd.read_csv("predictions.csv")
+            assert len(found) == int(rows["log_radon"].isna().sum())
+            assert found["log_radon.mean"].between(-1, 4).all()
 
 
 def test_the_first_example_prints_what_the_readme_says(capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,6 +98,7 @@ def test_the_first_example_prints_what_the_readme_says(capsys: pytest.CaptureFix
 
 def test_every_command_is_known() -> None:
     known = ("make ", "varmeta compare my_model.py", "varmeta compare radon", "pip install", "git ")
+    known += ("varmeta predict runs/my_model_county ",)
     for command in COMMANDS:
         assert command.startswith(known), f"README shows a command that no test covers: {command}"
 

@@ -210,8 +210,10 @@ def predict(
                 "--model FILE.py:FUNCTION"
             )
         loaded = PROBLEMS[place](0).density.model if place in PROBLEMS else _model_at(place)
+        if strategy in STRATEGIES and strategy not in strategies_in(run):
+            strategy = STRATEGIES[strategy]().name  # as tables and files have it
         done = predict_file(
-            load(run, loaded, strategy=strategy or strategies_in(run)[0]),
+            load(run, loaded, strategy=strategy),
             data,
             out,
             quantiles=[float(q) for q in _split(quantiles)],
