@@ -94,7 +94,7 @@ def predicted(workplace: Path) -> None:
     assert list(found)[len(frame.columns) :] == own
     wrong = {
         "'predictions.csv' is there": [*command],
-        "out has no 'PyroNUTS'": ["out", "--data", "new.csv", "--strategy", "nuts"],
+        "out has no 'PyroNUTS'": ["out", "--data", "new.csv", "--strategy", "nuts", "--out", "p"],
         "gone.py', where the model was": [*command, "--model", "gone.py:county"],
         "holds no run": ["nowhere", "--data", "new.csv"],
         "is there; name another file": ["out", "--data", "new.csv", "--out", "new.csv"],

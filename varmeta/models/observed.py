@@ -48,13 +48,13 @@ def predicted_sites(density: Density, tasks: Tasks) -> dict[str, int]:
     """The observed sites that are drawn where y is not given, with the number of their classes.
 
     It is 0 where the law draws no classes without an order. A site that is observed all the same,
-    as one that says that a censored time is longer, predicts nothing and is left out. The first
+    as one that says that a censored time is longer, predicts nothing and is left out. The longest
     task is asked.
     """
-    with torch.no_grad(), global_rng(generator(0, device=tasks.mask.device)):
-        trace = density._trace(
-            density.prior_loc, density.shared_init, tasks.inputs[0, tasks.mask[0]], None
-        )
+    longest = int(tasks.num_rows.argmax())  # another may have no row
+    x = tasks.inputs[longest, tasks.mask[longest]]
+    with torch.no_grad(), global_rng(generator(0, device=x.device)):
+        trace = density._trace(density.prior_loc, density.shared_init, x, None)
     nodes = {n: trace.nodes[n] for n in density.observed if not trace.nodes[n]["is_observed"]}
     laws = {name: _nominal(node["fn"]) for name, node in nodes.items()}
     return {name: 0 if law is None else int(law.logits.shape[-1]) for name, law in laws.items()}
