@@ -20,6 +20,7 @@ from varmeta.cli import app
 from varmeta.data import load
 from varmeta.families import FAMILIES
 from varmeta.formula import Formula
+from varmeta.formula_model import WrittenModel
 from varmeta.own_problems import Options, own_problem
 
 RNG = np.random.default_rng(0)
@@ -323,3 +324,30 @@ def test_a_formula_model_is_pickled_and_named_like_its_columns() -> None:
     clash = vm.from_formula("real ~ sigma + row + (1 | g)",
                             DATA.rename(columns={"x": "sigma", "z.1": "row"}))  # fmt: skip
     assert clash.shared == ("sigma", "row_", "sigma_")
+
+
+def test_a_formula_predicts_new_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the run's folder alone, with the levels and centres of the data learned from."""
+    monkeypatch.chdir(tmp_path)
+    DATA.to_csv("data.csv", index=False)
+    formula = "real ~ soil + scale(x) + (1 | g)"
+    options = ["--data", "data.csv", "--out", "run", "--hold-out", "0", "--steps", "300"]
+    command = ["compare", formula, *options, "--strategies", "no-pooling"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    new = DATA[["g", "x", "soil"]].head(3).assign(g=["p", "q", "q"])
+    new.to_csv("new.csv", index=False)
+    Path("data.csv").unlink()
+    done = CliRunner().invoke(app, ["predict", "run", "--data", "new.csv"])
+    assert done.exit_code == 0, done.output
+    found = pd.read_csv("predictions.csv")
+    assert found["known_by"].tolist() == ["training"] * 3 and found["soil"].equals(new["soil"])
+    made = vm.from_formula(formula, DATA)
+    loaded = vm.load("run", WrittenModel(Path("run", "model.py").read_text(), made.name))
+    design = vm.Design.from_json(json.loads(Path("run", "run.json").read_text())["design"])
+    assert design == made.tasks.design == loaded.tasks.design  # type: ignore[union-attr]
+    means = loaded.predict(new, seed=0).table["real.mean"]
+    np.testing.assert_allclose(found["real.mean"], means)
+    new.assign(soil="peat").to_csv("new.csv", index=False)
+    done = CliRunner().invoke(app, ["predict", "run", "--data", "new.csv", "--overwrite"])
+    assert done.exit_code == 2 and "'soil' holds 'peat' in line 2, a level" in done.output
