@@ -96,9 +96,22 @@ def test_the_first_example_prints_what_the_readme_says(capsys: pytest.CaptureFix
         assert abs(float(one.replace("−", "-")) - float(other.replace("−", "-"))) < 0.003
 
 
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "~" in c])
+def test_formula_command(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As written, on a few counties and by one strategy."""
+    monkeypatch.chdir(tmp_path)
+    frame = load("radon")
+    frame[frame["county"].isin(frame["county"].unique()[:8])].to_csv("radon.csv", index=False)
+    quick = ["--strategies", "complete-pooling"] * (" compare " in command)
+    result = CliRunner().invoke(app, [*shlex.split(command)[1:], *quick])
+    assert result.exit_code == 0, result.output
+    assert ("known tasks" in result.output) or ("pyro.sample" in result.output)
+
+
 def test_every_command_is_known() -> None:
     known = ("make ", "varmeta compare my_model.py", "varmeta compare radon", "pip install", "git ")
     known += ("varmeta predict runs/my_model_county ",)
+    known += ('varmeta compare "log_radon ~', 'varmeta model "log_radon ~')
     for command in COMMANDS:
         assert command.startswith(known), f"README shows a command that no test covers: {command}"
 

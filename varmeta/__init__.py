@@ -7,8 +7,10 @@ Data flow one way: `Tasks` → `Density` (a Pyro model of one task) → `Gaussia
 from importlib.metadata import version as _version
 
 from varmeta.comparison import Comparison, compare
+from varmeta.design import Design
 from varmeta.export import from_netcdf, to_arviz
 from varmeta.files import BrokenFile, FileInUse, NotWritten
+from varmeta.formula_model import FormulaModel, from_formula
 from varmeta.importance import Evidence, Loo, evidence, loo
 from varmeta.inference.abml import ABML
 from varmeta.inference.amortised import (
@@ -90,12 +92,14 @@ __all__ = [
     "CompletePooling",
     "CurvatureGated",
     "Density",
+    "Design",
     "Detached",
     "Diagonal",
     "Evidence",
     "EvolutionStrategies",
     "FileInUse",
     "Fit",
+    "FormulaModel",
     "GatedPathwise",
     "GaussianPrior",
     "GradientCheck",
@@ -152,6 +156,7 @@ __all__ = [
     "evidence",
     "find_basins",
     "fit",
+    "from_formula",
     "from_netcdf",
     "hierarchy",
     "laplace_evidence",

@@ -18,6 +18,7 @@ from varmeta.checked import require_kind
 from varmeta.failures import Attempt, Failures
 from varmeta.files import load, packed
 from varmeta.fingerprint import fingerprint
+from varmeta.formula_model import MODEL_FILE, WrittenModel
 from varmeta.inference.base import Strategy
 from varmeta.inference.fit import fit
 from varmeta.inference.fitted import Fit
@@ -204,8 +205,13 @@ def compare(
     given = {"train": train, "new": new}
     settings = fingerprint(named, density, given, prior, seed=seed, draws=draws)
     with run_folder(Path(folder), settings, named, overwrite=overwrite) as run:
+        if isinstance(density.model, WrittenModel):  # of a formula
+            run.write(MODEL_FILE, density.model.source)
+            model_place = f"{MODEL_FILE}:{density.model.name}"
         if model_place:
             run.say(MODEL_PLACE, model_place)
+        if train.design is not None:
+            run.say("design", train.design.to_json())
         _write_data(run, named, density, train.support, prior)
         return _compared(named, density, train, new, prior, seed, draws, progress, run)
 

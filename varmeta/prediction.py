@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,9 +19,11 @@ import torch
 from torch import Tensor
 
 from varmeta.checked import require_kind
+from varmeta.columns import Column, Columns
+from varmeta.design import Design
 from varmeta.models.observed import predicted_sites
 from varmeta.posterior import DRAWS, TaskPosterior
-from varmeta.raw_data import is_missing
+from varmeta.raw_data import Table
 from varmeta.seeds import generator
 from varmeta.tasks import Tasks, TaskSource
 
@@ -68,20 +71,20 @@ class Predictions:
 
 def predict(
     fit: Fit,
-    data: pd.DataFrame | Tasks,
+    data: pd.DataFrame | Table | Tasks,
     draws: int = DRAWS,
     quantiles: Sequence[float] = QUANTILES,
     keep: int = 0,
     seed: int = 0,
-    first_line: int | None = None,
 ) -> Predictions:
-    """What `Fit.predict` returns; `first_line` is that of the frame's rows in their file."""
+    """What `Fit.predict` returns; of a `Table`, too, which says what rows are called."""
     _require(draws, quantiles, keep)
-    require_kind("data", data, (pd.DataFrame, Tasks), _HOW_DATA)
-    if isinstance(data, pd.DataFrame):
-        tasks = _tasks_of(fit, data, first_line)
-    else:
+    require_kind("data", data, (pd.DataFrame, Table, Tasks), _HOW_DATA)
+    frame = data.frame if isinstance(data, Table) else data
+    if isinstance(data, Tasks):
         tasks = _marked(fit, data)
+    else:
+        tasks = _tasks_of(fit, data if isinstance(data, Table) else Table.of(data))
     wanted = _to_predict(fit, tasks)
     rows = int(wanted.mask.sum())
     like = wanted.mask.device
@@ -100,8 +103,8 @@ def predict(
             known_by[place] = source
             columns.put(place, {name: value[:, part.mask] for name, value in found.items()})
     order = np.argsort(ids, kind="stable")
-    if isinstance(data, pd.DataFrame):
-        given = data.iloc[ids[order]]
+    if isinstance(frame, pd.DataFrame):
+        given = frame.iloc[ids[order]]
     else:
         names = np.array(wanted.names)[wanted.mask.nonzero()[:, 0].cpu().numpy()]
         given = pd.DataFrame({tasks.task_name: names[order], "row": ids[order]})
@@ -125,8 +128,8 @@ def _require(draws: int, quantiles: Sequence[float], keep: int) -> None:
 # -- which rows ------------------------------------------------------------------------------------
 
 
-def _tasks_of(fit: Fit, frame: pd.DataFrame, first_line: int | None) -> Tasks:
-    """The frame as tasks of the fit's kind, in which query rows are those without a target."""
+def _tasks_of(fit: Fit, table: Table) -> Tasks:
+    """The table as tasks of the fit's kind, in which query rows are those without a target."""
     like = fit.tasks
     if isinstance(like, TaskSource):
         raise ValueError("data: the fit learned from a stream, which has no columns; give vm.Tasks")
@@ -137,19 +140,15 @@ def _tasks_of(fit: Fit, frame: pd.DataFrame, first_line: int | None) -> Tasks:
             f"{list(like.input_names)}, so that no columns belong to them; give vm.Tasks, or learn "
             "from tasks that Tasks.from_frame made"
         )
-    target, there, empty = like.target_name, frame, np.ones(len(frame), dtype=bool)
-    if target not in frame:
-        there = frame.assign(**{target: 0.0})
-    elif isinstance(frame[target], pd.Series):  # or else there are two, which is refused below
-        empty = is_missing(frame[target])
-        there = frame.assign(**{target: frame[target].astype(object).where(~empty, 0.0)})
-    made = Tasks._from_frame(
-        there, like.task_name, like.input_names, target, like.inputs.dtype, first_line
+    numbers = partial(Column, kind="number")
+    design = like.design or Design(  # of tasks from pairs of tensors with names
+        (like.task_name,),
+        Columns(tuple(map(numbers, like.input_names))),
+        Columns((numbers(like.target_name),)),
     )
-    assert made.row_ids is not None
-    query = torch.tensor(empty)[made.row_ids] & made.mask
-    made = replace(made, targets=made.targets.to(like.targets.dtype), is_query=query, is_split=True)
-    return made.to(device=like.mask.device)
+    made = Tasks.from_rows(design.read(table, optional_target=True), design, table.first_line)
+    inputs, targets = made.inputs.to(like.inputs.dtype), made.targets.to(like.targets.dtype)
+    return replace(made, inputs=inputs, targets=targets).to(device=like.mask.device)
 
 
 def _marked(fit: Fit, tasks: Tasks) -> Tasks:

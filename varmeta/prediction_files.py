@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from varmeta.csv_files import read_csv
 from varmeta.files import require_writable, write
 from varmeta.inference.fitted import Fit
 from varmeta.posterior import DRAWS
 from varmeta.prediction import QUANTILES, predict
-from varmeta.raw_data import read_csv
 
 
 def predict_file(
@@ -45,8 +45,7 @@ def predict_file(
             + ("" if out.samefile(data) else ", or give overwrite=True (--overwrite) to replace it")
         )
     require_writable(out, "out")
-    frame, first_line = read_csv(data)
-    found = predict(fit, frame, max(DRAWS, keep), quantiles, keep, seed, first_line)
+    found = predict(fit, read_csv(data), max(DRAWS, keep), quantiles, keep, seed)
     write(out, found.with_draws().to_csv(index=False))
     known_by = found.table["known_by"].value_counts()
     counts = ", ".join(f"{count} by {what}" for what, count in known_by.items())

@@ -32,7 +32,8 @@ _KINDS = {"finished": bool, "settings": dict, "files": list}
 class RunFolder:
     """A folder that one comparison writes into.
 
-    `run.json` in it says what the run is, which files it wrote and whether it is finished. A run
+    `run.json` in it says what the run is, which files it wrote, whether it is finished, and as
+    `design` how its table was coded (`varmeta.design.Design.from_json`). A run
     in which a strategy failed is not: under the same settings it goes on with those that failed.
     `run_folder` opens one, and keeps other processes out.
 
@@ -136,10 +137,10 @@ class RunFolder:
         if self._manifest["files"] != before:
             self._save()
 
-    def say(self, key: str, text: str) -> None:
-        """Note a text about the run, which does not identify it, in `run.json`."""
-        if self._manifest.get(key) != text:
-            self._manifest[key] = text
+    def say(self, key: str, said: Any) -> None:
+        """Note plain values about the run, which do not identify it, in `run.json`."""
+        if self._manifest.get(key) != said:
+            self._manifest[key] = said
             self._save()
 
     def finish(self) -> None:

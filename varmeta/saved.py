@@ -10,6 +10,7 @@ from typing import Any
 from pyro.infer import autoguide
 
 from varmeta.checked import Checked
+from varmeta.design import KINDS
 from varmeta.fingerprint import Fingerprint, differences, fingerprint_of_model, in_words
 from varmeta.inference.base import Strategy
 from varmeta.models.density import Density
@@ -19,7 +20,7 @@ from varmeta.models.sites import Model
 from varmeta.packing import packed, unpacked
 from varmeta.tasks import Tasks, TaskSource
 
-_DATA = {kind.__name__: kind for kind in (Tasks, GaussianPrior, Hyperprior)}
+_DATA = KINDS | {kind.__name__: kind for kind in (Tasks, GaussianPrior, Hyperprior)}
 
 
 def packed_data(
