@@ -65,7 +65,8 @@ def test_own_model_command(command: str, tmp_path: Path, monkeypatch: pytest.Mon
     model = re.search(r"```python\n(import pyro.*?)```", PAGES[COMMANDS[command]], re.S)
     assert model is not None
     Path("my_model.py").write_text(model.group(1).split("tasks =")[0])
-    load("radon").to_csv("radon.csv", index=False)
+    frame = load("radon")
+    frame[frame["county"].isin(frame["county"].unique()[:12])].to_csv("radon.csv", index=False)
     result = CliRunner().invoke(app, shlex.split(command)[1:])
     assert result.exit_code == 0, result.output
     assert "known tasks" in result.output

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from varmeta.comparison import Comparison
 from varmeta.comparison import compare as run_comparison
 from varmeta.failures import expected, explain, own_line
 from varmeta.families import FAMILIES
+from varmeta.files import write
 from varmeta.formula_model import MODEL_FILE, WrittenModel
 from varmeta.inference.base import Strategy
 from varmeta.inference.stopping import Terminated, terminating
@@ -175,11 +178,13 @@ def compare(
                 folder=folder,
                 overwrite=overwrite,
                 model_place=_place(problem),
+                command=_typed(),
             )
         folder = result.folder or folder
         typer.echo(str(result))
         files = sorted(path for path in folder.iterdir() if path.is_file())
         _say(console, f"Files in {folder}/: " + ", ".join(path.name for path in files))
+        _say(console, f"The whole of it as a page: {folder / 'report.html'}")
         if result.failures:
             _say_failed(result, folder, debug)
             raise typer.Exit(1)
@@ -254,6 +259,23 @@ def print_model(
     with _in_plain_words(debug):
         made = Options(data=data, family=family, missing=missing).formula_model(formula)
         typer.echo(made.source, nl=False)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Output folder of varmeta compare.")],
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file to write; default RUN/report.html.")
+    ] = None,
+    debug: Annotated[bool, typer.Option(help="Show the traceback of what fails.")] = False,
+) -> None:
+    """Write a run as one HTML page that needs nothing else: verdict, tables, pictures, settings."""
+    from varmeta.html_report import html_report  # jinja2, for this alone
+
+    with _in_plain_words(debug):
+        path = out or run / "report.html"
+        write(path, html_report(run))
+        _say(Console(), f"Written: {path}")
 
 
 @app.command()
@@ -357,6 +379,11 @@ def _settled(strategy: Strategy, case: Problem) -> Strategy:
         return strategy.settled(case.density, whole=True)
     except ValueError:
         return strategy
+
+
+def _typed() -> str:
+    """The command as it was typed; '' where another program runs it."""
+    return shlex.join(["varmeta", *sys.argv[1:]]) if Path(sys.argv[0]).stem == "varmeta" else ""
 
 
 def _place(problem: str) -> str:

@@ -148,6 +148,7 @@ def compare(
     overwrite: bool = False,
     progress: bool | None = None,
     model_place: str = "",
+    command: str = "",
 ) -> Comparison:
     """Fit every strategy to the same rows and score all of them on the same held-out rows.
 
@@ -180,6 +181,7 @@ def compare(
         progress: show progress bars; None for "when the output is a terminal".
         model_place: where `varmeta predict` finds the model, as `FILE.py:NAME` or a shipped
             problem's name; kept in `folder`. Without it that command must be told.
+        command: what was typed to make the run; kept in `folder`, and shown by its report.
 
     Raises:
         TypeError: strategies, a density or tasks that are none.
@@ -210,6 +212,8 @@ def compare(
             model_place = f"{MODEL_FILE}:{density.model.name}"
         if model_place:
             run.say(MODEL_PLACE, model_place)
+        if command:
+            run.say("command", command)
         if train.design is not None:
             run.say("design", train.design.to_json())
         _write_data(run, named, density, train.support, prior)
@@ -364,6 +368,7 @@ def _named(strategies: Sequence[Strategy] | Mapping[str, Strategy]) -> dict[str,
 def _write(comparison: Comparison, run: RunFolder, failed: Failures) -> None:
     # ArviZ and Matplotlib only when something is written
     from varmeta.export import netcdf, to_arviz
+    from varmeta.html_report import html_report
     from varmeta.report_write import write_figures
 
     # As many draws a chain as NUTS has: common plots of ArviZ 1.x leave out fits that have fewer.
@@ -383,6 +388,7 @@ def _write(comparison: Comparison, run: RunFolder, failed: Failures) -> None:
     write_figures(comparison, run.folder, failed.note, run.add)
     failed.forget_earlier(comparison.table["strategy"].unique())
     _write_table(comparison, run)
+    run.write("report.html", html_report(run.folder))
     if not comparison.failures:
         for name in comparison.outcomes:
             for part in PARTS:
