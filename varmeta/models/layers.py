@@ -150,6 +150,10 @@ def equivalent(func: Any, args: Sequence[Any], kwargs: dict[str, Any], drop: Dro
         return attention(*args, **kwargs, drop=drop)
     if func is F.multi_head_attention_forward:
         return multi_head(args, kwargs, drop)
+    if name == "_weight_norm":
+        v, g, dim = args
+        others = [d for d in range(v.dim()) if dim == -1 or d != dim % v.dim()]
+        return v * (g / v.square().sum(others, keepdim=True).sqrt())
     return NotImplemented
 
 

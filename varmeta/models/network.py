@@ -128,6 +128,35 @@ class _Network:
             return pyro.sample(self.observed, law, obs=y)
 
 
+def mask_classes(logits: Tensor, count: Tensor) -> Tensor:
+    """Logits whose classes from `count` on have probability 0: tasks with fewer classes than most.
+
+    Args:
+        logits: `[N, C]`, C the number of classes of the largest task.
+        count: `[N]` or a scalar, from 1 to C: how many classes there are in the row's task. Give it
+            to the model as a column of x.
+
+    Example:
+        >>> from varmeta import Density, Tasks
+        >>> class Ways(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.net = nn.Linear(2, 5)
+        ...
+        ...     def forward(self, x):  # x[:, 0] is the task's number of classes
+        ...         return mask_classes(self.net(x[:, 1:]), x[:, 0])
+        >>> three, five = (
+        ...     torch.cat([torch.full((9, 1), k), torch.randn(9, 2)], 1) for k in (3.0, 5.0)
+        ... )
+        >>> tasks = Tasks.from_list([(three, torch.arange(9) % 3), (five, torch.arange(9) % 5)])
+        >>> model = network(Ways(), lambda out: dist.Categorical(logits=out))
+        >>> Density(model, tasks).dim
+        15
+    """
+    absent = torch.arange(logits.shape[-1], device=logits.device) >= count[..., None]
+    return torch.where(absent, float("-inf"), logits)
+
+
 def _fixed(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters that are frozen, and buffers."""
     frozen = ((n, p) for n, p in module.named_parameters() if not p.requires_grad)

@@ -216,7 +216,9 @@ def read_sites(
     for name, node in trace.nodes.items():
         if node["type"] == "param":
             owned = next((k for k, p in owners.items() if any(p is a for a in node["args"])), None)
-            sites.append(_param_site(name, node["value"], like, node["kwargs"]["constraint"], owned))
+            sites.append(
+                _param_site(name, node["value"], like, node["kwargs"]["constraint"], owned)
+            )
         elif name in names:
             _check_latent(name, node, longer, len(y))
             site = _latent_site(name, node, "shared" if name in shared else "adapted", like)
