@@ -148,8 +148,8 @@ def test_layers_are_recorded(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(programs, "CALLS_BEFORE_CAPTURE", 1)
     tasks = sequences()
     density = Density(network(built(LAYERS[name]), normal), tasks)
-    TaskEnergy(density, tasks, density.shared_init).value_and_gradient(each(density, tasks))
-    assert density.execution() == {"likelihood: gradient": "recorded"}
+    TaskEnergy(density, tasks, density.shared_init).linearise(each(density, tasks))
+    assert density.execution() == {"likelihood: linearise": "recorded"}
 
 
 def test_frozen_parameters_stay_frozen() -> None:
@@ -351,7 +351,9 @@ def normed() -> nn.Module:
 def test_batch_norm_must_be_chosen() -> None:
     blind = nn.Sequential(nn.Linear(3, 1), nn.BatchNorm1d(1, track_running_stats=False)).eval()
     for module in (normed(), blind):
-        with pytest.raises(ValueError, match="batch norm .*batch_norm='task'.*batch_norm='frozen'"):
+        with pytest.raises(
+            ValueError, match=r"batch norm .*batch_norm='task'.*batch_norm='frozen'"
+        ):
             network(module, normal)
     with pytest.raises(ValueError, match="'frozen' needs running averages"):
         network(blind, normal, batch_norm="frozen")
