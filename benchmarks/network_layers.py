@@ -69,21 +69,10 @@ _CONVOLVED: dict[str, Callable[[], nn.Module]] = {
     "Dropout2d, train": lambda: nn.Dropout2d(0.2),
     "Upsample": lambda: nn.Upsample(scale_factor=2),
 }
+_PLAIN = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Softplus, nn.PReLU)
 _BETWEEN: dict[str, Callable[[], nn.Module]] = {
     "Linear": lambda: nn.Identity(),
-    **{
-        kind.__name__: kind
-        for kind in (
-            nn.ReLU,
-            nn.LeakyReLU,
-            nn.ELU,
-            nn.GELU,
-            nn.SiLU,
-            nn.Tanh,
-            nn.Softplus,
-            nn.PReLU,
-        )
-    },
+    **{kind.__name__: kind for kind in _PLAIN},
     "Softmax": lambda: nn.Softmax(-1),
     "LayerNorm": lambda: nn.LayerNorm(8),
     "RMSNorm": lambda: nn.RMSNorm(8),
