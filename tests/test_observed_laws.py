@@ -22,13 +22,13 @@ import pyro.distributions as dist
 import pytest
 import scipy.stats
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks import what_works
 from benchmarks.observed_laws import LAWS, NOT_ROWS, STAND_INS, model, tasks
 from varmeta import Density, LaplaceEvidence, Tasks, fit, to_arviz
 from varmeta.inference.energy import TaskEnergy
-from varmeta.models import network, programs
+from varmeta.models import programs
 from varmeta.models.apart import NotApart, take_apart
 from varmeta.seeds import generator
 
@@ -262,16 +262,6 @@ def test_gauss_newton_of_a_law_apart() -> None:
 # -- models that vmap cannot run ------------------------------------------------------------------
 
 
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.cell, self.last = nn.GRU(1, 2, batch_first=True), nn.Linear(2, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.last(self.cell(x[:, None].expand(-1, 3, -1))[0][:, -1])
-        return out
-
-
 def branching(x: Tensor, y: Tensor | None = None) -> None:
     a = pyro.sample("a", dist.Normal(0.0, 1.0))
     with pyro.plate("rows", len(x)):
@@ -286,12 +276,11 @@ def indexing(x: Tensor, y: Tensor | None = None) -> None:
         pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
 
 
-@pytest.mark.parametrize("kind", ["branching", "indexing", "GRU"])
+@pytest.mark.parametrize("kind", ["branching", "indexing"])
 def test_what_cannot_be_batched_is_run_in_a_loop(
     kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    gru = network(Recurrent().to(FLOAT), lambda out: dist.Normal(out[:, 0], 1.0))
-    function: Any = {"branching": branching, "indexing": indexing, "GRU": gru}[kind]
+    function: Any = {"branching": branching, "indexing": indexing}[kind]
     data = tasks("Normal")
     with caplog.at_level(logging.WARNING, "varmeta"):
         density = Density(function, data)
@@ -303,13 +292,7 @@ def test_what_cannot_be_batched_is_run_in_a_loop(
             energy.value_and_gradient(theta)
     assert density.execution()["likelihood: gradient"].startswith("as written")
     assert caplog.text.count("is run task by task") == 1 and len(caplog.records) == 1
-    if kind == "GRU":
-        module = Recurrent().to(FLOAT)
-        mean = torch.zeros_like(data.targets)
-        for i in range(3):
-            weights = density.constrain(theta[i])
-            mean[i] = torch.func.functional_call(module, weights, (data.inputs[i],))[:, 0]
-    elif kind == "branching":
+    if kind == "branching":
         mean = torch.where(theta > 0, theta, 2 * theta)
     else:
         x = data.inputs[..., 0]

@@ -209,7 +209,7 @@ def _numbers_per_row(density: Density, theta: Tensor, tasks: Tasks, shared: Tens
     one = next(row_parts(tasks.select(longest), tasks.mask.shape[1])).tasks
     phi = shared[0, longest[0]] if shared.dim() > 1 else shared
     with torch.no_grad(), _Largest() as seen:
-        density.rows(theta[0, longest], phi, one.inputs, one.targets)
+        density.rows(theta[0, longest], phi, *density.data(one))
     return math.ceil(seen.numbers / one.mask.shape[1])
 
 

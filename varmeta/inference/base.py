@@ -245,6 +245,7 @@ class Strategy(Checked, ABC):
     keeps_posteriors: ClassVar[bool] = False  # of training tasks, learned along with the prior
     may_stay: ClassVar[bool] = False  # it learns how far a task moves, which may be nowhere
     loss_falls: ClassVar[bool] = True  # while it learns; a sampler's potential need not
+    takes_dropout: ClassVar[bool] = False  # each step may see another likelihood
 
     def __getstate__(self) -> dict[str, Any]:
         for name, value in vars(self).items():

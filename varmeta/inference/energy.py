@@ -187,7 +187,7 @@ class TaskEnergy:
     @cached_property
     def _parameters(self) -> list[Tensor]:
         tasks, prior = self.tasks, self.prior
-        out = [self.shared, tasks.inputs, tasks.targets, tasks.mask]
+        out = [self.shared, tasks.mask, *self.density.data(tasks)]
         if prior is not None:
             out += [prior.loc, prior.log_scale, prior.groups]
             out += [prior.factor] if prior.factor is not None else []
@@ -206,10 +206,11 @@ def as_energy(function: Energy | Callable[[Tensor], Tensor]) -> Energy:
 
 
 def _energy(density: Density) -> Callable[..., Tensor]:
-    def energy(
-        theta: Tensor, shared: Tensor, inputs: Tensor, targets: Tensor, mask: Tensor, *prior: Tensor
-    ) -> Tensor:
-        rows = density.rows(theta, shared, inputs, targets)
+    size = 3 if density.noisy else 2
+
+    def energy(theta: Tensor, shared: Tensor, mask: Tensor, *rest: Tensor) -> Tensor:
+        data, prior = rest[:size], rest[size:]
+        rows = density.rows(theta, shared, *data)
         loss = -torch.where(mask, rows, 0.0).sum(-1)
         if prior:
             loc, log_scale, groups, *factor = prior
@@ -220,14 +221,15 @@ def _energy(density: Density) -> Callable[..., Tensor]:
 
 
 def _gauss_newton(density: Density) -> Callable[..., Product]:
-    def curve(
-        theta: Tensor, shared: Tensor, inputs: Tensor, targets: Tensor, mask: Tensor, *prior: Tensor
-    ) -> Product:
+    size = 3 if density.noisy else 2
+
+    def curve(theta: Tensor, shared: Tensor, mask: Tensor, *rest: Tensor) -> Product:
+        data, prior = rest[:size], rest[size:]
         grad = torch.autograd.grad
-        outputs = density.outputs(theta, shared, inputs, targets)
+        outputs = density.outputs(theta, shared, *data)
         moving = [z for z in outputs if z.requires_grad]
         leaves = [z.detach().requires_grad_(z.requires_grad) for z in outputs]
-        rows = density.rows_given(leaves, theta.detach(), shared, inputs, targets)
+        rows = density.rows_given(leaves, theta.detach(), shared, *data)
         leaves = [z for z in leaves if z.requires_grad]
         slopes = grad(-torch.where(mask, rows, 0.0).sum(), leaves, create_graph=True)
         # Jᵀu is linear in u, so that its derivative in u, applied to v, is Jv.

@@ -35,7 +35,16 @@ from varmeta.inference.diagnostics import (
     warn_of_limit,
     warn_of_skipped,
 )
-from varmeta.inference.fitted import BATCH, INIT, STEP, Fit, device_of, identify, noise_of
+from varmeta.inference.fitted import (
+    BATCH,
+    DROPOUT,
+    INIT,
+    STEP,
+    Fit,
+    device_of,
+    identify,
+    noise_of,
+)
 from varmeta.inference.soundness import (
     check_learned,
 )
@@ -121,8 +130,14 @@ def fit(
     prior = prior or GaussianPrior.from_density(density)
     if prior.dim != density.dim:
         raise ValueError(f"prior has {prior.dim} coordinates, the density {density.dim}")
+    if density.noisy and not strategy.takes_dropout:
+        raise ValueError(
+            f"the network has dropout='train', other masks in each step, and {strategy.name} needs "
+            "a likelihood that stays the same; use network(..., dropout='off'), or a strategy "
+            "that learns from query losses, such as IMAML or MAML"
+        )
     whole = isinstance(training, Tasks) and batch_size in (None, len(training))
-    settled = strategy.settled(density, whole=whole)
+    settled = strategy.settled(density, whole=whole and not density.noisy)
     say_of_stream(tasks, prior)
     state = settled.init(density, prior, training, noise_of(density, seed, INIT))
     size = None if whole else batch_size
@@ -219,7 +234,10 @@ class _Run:
                 start = time.perf_counter()
                 batch = self._batch(state.step)
                 self.whole = False
-                info = self.settled.step(self.density, state, batch, next(noise))
+                density = self.density
+                if density.noisy:
+                    density = density.in_step(generator(self.seed, DROPOUT, state.step))
+                info = self.settled.step(density, state, batch, next(noise))
                 state.meta.keep_bounds()
                 state.step += 1
                 seconds += time.perf_counter() - start

@@ -28,7 +28,7 @@ from varmeta.seeds import generator
 from varmeta.shrinkage import Shrinkage, find_shrinkage, scales_path
 from varmeta.tasks import HOW_TASKS, Tasks, TaskSource
 
-BATCH, STEP, ADAPT, INIT = range(4)  # streams of a fit's seed
+BATCH, STEP, ADAPT, INIT, DROPOUT = range(5)  # streams of a fit's seed
 
 
 @dataclass(eq=False, repr=False)

@@ -6,7 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal, Protocol, Self
+from typing import Annotated, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -79,6 +79,8 @@ class MetaGradient(Strategy):
         ValueError: a number that is not positive; both of the last two; another optimiser.
     """
 
+    takes_dropout: ClassVar[bool] = True
+
     steps: Count = 200
     optimiser: Literal["auto", "quasi-newton", "adam"] = "auto"
     tolerance: Positive | None = None
@@ -114,7 +116,8 @@ class MetaGradient(Strategy):
         """
         can = whole and self.is_smooth
         if self.optimiser == "quasi-newton" and not can:
-            reason = "its gradient is not exact" if whole else "every step sees other tasks"
+            sees = "dropout" if density.noisy else "tasks"
+            reason = "its gradient is not exact" if whole else f"every step sees other {sees}"
             raise ValueError(
                 f"optimiser='quasi-newton' needs a loss without noise, and in {self.name} "
                 f"{reason}; use 'adam' or 'auto'"

@@ -5,7 +5,7 @@ from varmeta.models.hierarchy import hierarchy
 from varmeta.models.hyperprior import Hyperprior
 from varmeta.models.modular import PlantedModules, linear_modules, spiral_modules
 from varmeta.models.modules import Modules
-from varmeta.models.network import network
+from varmeta.models.network import mask_classes, network
 from varmeta.models.prior import GaussianPrior
 from varmeta.models.sinusoid import sinusoids
 
@@ -17,6 +17,7 @@ __all__ = [
     "PlantedModules",
     "hierarchy",
     "linear_modules",
+    "mask_classes",
     "network",
     "sinusoids",
     "spiral_modules",

@@ -28,11 +28,15 @@ _FEW = 8  # tasks whose data are changed, to see whether a prior follows
 _RANDOM, _BATCH_NORM = "random(ness)? (operation|error)", "Batch norm|running_mean"
 _ADVICE = {  # by what PyTorch says: where a loop over the tasks would be no answer
     _RANDOM: "It draws random numbers outside of pyro.sample, with "
-    "dropout perhaps: switch that off with module.eval(), and draw with pyro.sample only",
+    "dropout perhaps: switch that off with module.eval(), or by network(..., dropout=...), and "
+    "draw with pyro.sample only",
     _BATCH_NORM: "Batch norm keeps averages over the rows of all tasks: switch it to "
-    "the averages that it has with module.eval(), or take nn.LayerNorm or nn.GroupNorm",
+    "the averages that it has with module.eval(), take those of each task by network(..., "
+    "batch_norm='task'), or take nn.LayerNorm or nn.GroupNorm",
     "out of (bounds|range)|num_classes": "An index is out of range, of a label or of an "
-    "embedding: they count from 0 to the number of classes less 1, in every task",
+    "embedding: they count from 0 to the number of classes less 1, in every task. Where tasks "
+    "have different numbers of classes, give the network as many outputs as the largest task "
+    "needs, and hide the others with varmeta.models.mask_classes",
 }
 _log = logging.getLogger("varmeta")
 _TRIES = 3  # draws at which a site may be silent by chance (a ReLU that is off)
@@ -58,10 +62,14 @@ def check_model(density: Density, tasks: Tasks) -> None:
     like: Any = {"generator": noise, "dtype": loc.dtype, "device": loc.device}
     _choose_how(density, tasks, partial(rows, loc + scale * torch.randn(len(loc), **like)))
     if density.joint:
+        batch_norm = getattr(density.model, "transductive", False)
         _log.warning(
-            "observed site %r draws all rows of a task together: a task is the unit of scoring. If "
-            "rows are independent, put it in a plate over rows, without .to_event over them",
+            "observed site %r draws all rows of a task together: a task is the unit of scoring. %s",
             density.observed[0],
+            "Its batch norm takes averages over them; batch_norm='frozen' and group norm do not"
+            if batch_norm
+            else "If rows are independent, put it in a plate over rows, without .to_event over "
+            "them",
         )
     deaf = set(range(len(sites)))
     for _ in range(_TRIES):

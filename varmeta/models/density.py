@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -24,6 +25,7 @@ from varmeta.models.derivatives import EnergyFunction
 from varmeta.models.drawing import draw_observed
 from varmeta.models.gaps import PartlyObserved, has_gaps
 from varmeta.models.laws import law_in, law_parameters, law_with
+from varmeta.models.layers import mixed
 from varmeta.models.operations import BatchedOperations
 from varmeta.models.over_tasks import How, by_row, one_by_one, over_tasks, rows_apart
 from varmeta.models.programs import Product, Programs
@@ -95,6 +97,7 @@ class Density:
         tasks = finite_tasks(tasks.batch(0)) if isinstance(tasks, TaskSource) else tasks
         first = tasks.select([0])
         x, y = first.inputs[0], first.targets[0]
+        _check_precision(tasks)
         self.model = model
         self.target_shape = y.shape[1:]
         self.input_shape = x.shape[1:]
@@ -111,6 +114,7 @@ class Density:
         self._compiled = False
         self._how: How = "together"
         self._drawn_singly = False  # has been said
+        self._step: int | None = None
         check_model(self, tasks)
 
     # -- what there is ----------------------------------------------------------------------------
@@ -194,13 +198,13 @@ class Density:
         """
         shared = self.shared_init if shared is None else shared
         self._check_shapes(theta, tasks, shared)
+        # What was recorded views its arguments as they lay in memory then.
+        data = self.data(tasks)
         key = (theta.dim() - 2, shared.dim() > 1, site)
         if key not in self._batched:
-            rows = self._over_tasks(*key[:2], self.observed if site is None else [site])
+            rows = self._over_tasks(*key[:2], len(data), self.observed if site is None else [site])
             rows = rows if self._how == "one by one" else Captured(rows)
             self._batched.setdefault(key, rows)
-        # What was recorded views its arguments as they lay in memory then.
-        data = tasks.inputs, tasks.targets
         out = self._batched[key](theta.contiguous(), shared.contiguous(), *data)
         return torch.where(tasks.mask, out, 0.0)
 
@@ -263,29 +267,57 @@ class Density:
 
     # -- running ----------------------------------------------------------------------------------
 
-    def rows(self, theta: Tensor, shared: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+    @property
+    def noisy(self) -> bool:
+        """Whether each step of a fit sees another likelihood, as with dropout (`in_step`)."""
+        return bool(getattr(self.model, "takes_keys", False))
+
+    def in_step(self, source: torch.Generator) -> Density:
+        """A `noisy` density as a step of a fit sees it, with the dropout of that step.
+
+        Recordings are shared, since keys are among their arguments.
+        """
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        other._step = int(torch.randint(2**62, (), generator=source))
+        return other
+
+    def data(self, tasks: Tasks) -> tuple[Tensor, ...]:
+        """What the model is given of each task: inputs, targets, and keys if it is `noisy`.
+
+        Keys are int64 `[T]` within a step of a fit, each from step, task and the first of its rows
+        (support and query differ), and `[T, 0]` elsewhere.
+        """
+        if not self.noisy:
+            return tasks.inputs, tasks.targets
+        keys = torch.empty(len(tasks), 0, dtype=torch.long, device=tasks.inputs.device)
+        if self._step is not None:
+            assert tasks.row_ids is not None
+            names = torch.tensor([zlib.crc32(name.encode()) for name in tasks.names])
+            keys = mixed(mixed(names.to(keys.device) + self._step) + tasks.row_ids[:, 0])
+        return tasks.inputs, tasks.targets, keys
+
+    def rows(self, theta: Tensor, shared: Tensor, *data: Tensor) -> Tensor:
         """log p(y_n | θ_i, φ), nats, from bare tensors, padding included; nothing is checked.
 
-        `[T, D]`, `[P]`, `[T, N, ...]`, `[T, N, ...]` to `[T, N]`.
+        `[T, D]`, `[P]` and `data(tasks)`, `[T, ...]` each, to `[T, N]`.
         """
-        out: Tensor = self._over_tasks(0, False)(theta, shared, inputs, targets)
+        out: Tensor = self._over_tasks(0, False, len(data))(theta, shared, *data)
         return out
 
-    def outputs(
-        self, theta: Tensor, shared: Tensor, inputs: Tensor, targets: Tensor
-    ) -> list[Tensor]:
+    def outputs(self, theta: Tensor, shared: Tensor, *data: Tensor) -> list[Tensor]:
         """Parameters z of each row's law (means, logits, …), `[T, ...]` each; as for `rows`."""
-        dims = (0, None, 0, 0)
-        out: list[Tensor] = self._mapped(self._outputs, dims)(theta, shared, inputs, targets)
+        dims = (0, None, *[0] * len(data))
+        out: list[Tensor] = self._mapped(self._outputs, dims)(theta, shared, *data)
         return out
 
     def rows_given(
-        self, outputs: list[Tensor], theta: Tensor, shared: Tensor, inputs: Tensor, targets: Tensor
+        self, outputs: list[Tensor], theta: Tensor, shared: Tensor, *data: Tensor
     ) -> Tensor:
         """log p(y_n | z), nats, `[T, N]`: `rows` with other parameters z of the rows' laws."""
-        dims = (0, 0, None, 0, 0)
+        dims = (0, 0, None, *[0] * len(data))
         given = self._mapped(self._given_outputs, dims)
-        out: Tensor = given(outputs, theta, shared, inputs, targets)
+        out: Tensor = given(outputs, theta, shared, *data)
         return out
 
     def programs(
@@ -332,14 +364,15 @@ class Density:
         self._batched, self._programs = {}, {}
 
     def _over_tasks(
-        self, draws: int, per_draw: bool, sites: Sequence[str] | None = None
+        self, draws: int, per_draw: bool, data: int, sites: Sequence[str] | None = None
     ) -> Callable[..., Tensor]:
         """`_pointwise` for all tasks, with θ `[..., T, D]` of so many dimensions of draws."""
         sites = self.observed if sites is None else sites
         if self._how == "apart":
-            return rows_apart(partial(self._observed_sites, sites), draws, per_draw)
-        pointwise = partial(self._pointwise, sites)
-        return over_tasks(pointwise, draws, per_draw, loop=self._how == "one by one")
+            observed = partial(self._observed_sites, sites)
+            return rows_apart(observed, draws, per_draw, data=data)
+        pointwise, loop = partial(self._pointwise, sites), self._how == "one by one"
+        return over_tasks(pointwise, draws, per_draw, data=data, loop=loop)
 
     def _mapped(self, function: Callable[..., Any], dims: Sequence[int | None]) -> Any:
         """`function` over tasks; one by one where `vmap` cannot ask the law for its density."""
@@ -348,31 +381,31 @@ class Density:
         return one_by_one(function, dims)
 
     def _observed_sites(
-        self, sites: Sequence[str], theta: Tensor, shared: Tensor, x: Tensor, y: Tensor
+        self, sites: Sequence[str], theta: Tensor, shared: Tensor, *data: Tensor
     ) -> list[Any]:
         """One task: these observed nodes of the model's trace."""
-        nodes = self._trace(theta, shared, x, y).nodes
+        nodes = self._trace(theta, shared, *data).nodes
         return [nodes[name] for name in sites]
 
     def _pointwise(
-        self, sites: Sequence[str], theta: Tensor, shared: Tensor, x: Tensor, y: Tensor
+        self, sites: Sequence[str], theta: Tensor, shared: Tensor, *data: Tensor
     ) -> Tensor:
         """One task: `[D]`, `[P]` and its data to `[N]` nats."""
-        return self._row_nats(self._trace(theta, shared, x, y), len(y), sites)
+        return self._row_nats(self._trace(theta, shared, *data), len(data[1]), sites)
 
-    def _outputs(self, theta: Tensor, shared: Tensor, x: Tensor, y: Tensor) -> list[Tensor]:
+    def _outputs(self, theta: Tensor, shared: Tensor, *data: Tensor) -> list[Tensor]:
         """One task: the parameters of each row's law, whatever their shapes."""
-        nodes = self._trace(theta, shared, x, y).nodes
+        nodes = self._trace(theta, shared, *data).nodes
         return [t for name in self.observed for t in law_parameters(nodes[name]["fn"])]
 
     def _given_outputs(
-        self, outputs: list[Tensor], theta: Tensor, shared: Tensor, x: Tensor, y: Tensor
+        self, outputs: list[Tensor], theta: Tensor, shared: Tensor, *data: Tensor
     ) -> Tensor:
         """One task: `[N]` nats with these parameters of the rows' laws in place of the model's."""
-        trace, rest = self._trace(theta, shared, x, y), iter(outputs)
+        trace, rest = self._trace(theta, shared, *data), iter(outputs)
         for name in self.observed:
             trace.nodes[name]["fn"] = law_with(trace.nodes[name]["fn"], rest)
-        return self._row_nats(trace, len(y), self.observed)
+        return self._row_nats(trace, len(data[1]), self.observed)
 
     def _row_nats(self, trace: Any, rows: int, sites: Sequence[str]) -> Tensor:
         with validation_off(), BatchedOperations(self._compiled):
@@ -385,9 +418,14 @@ class Density:
         shared: Tensor,
         x: Tensor,
         y: Tensor | None,
+        key: Tensor | None = None,
+        *,
         together: OwnDraws | None = None,
     ) -> Any:
         """The model's trace on one task; with `together` laws are drawn for all tasks at once."""
+        task_model: Any = self.model
+        if key is not None and key.numel():
+            task_model = task_model.keyed(key)
         values = self.constrain(theta)
         shared_values = self.constrain_shared(shared)
         params = {s.name: shared_values[s.name] for s in self.shared_sites if s.role == "param"}
@@ -403,7 +441,7 @@ class Density:
             BatchedOperations(self._compiled, theta if self._how == "apart" else None),
         ):
             model = poutine.trace(poutine.condition(run, data=values))
-            return model.get_trace(self.model, x, y, inside)
+            return model.get_trace(task_model, x, y, inside)
 
     def _split(self, flat: Tensor, which: str) -> tuple[Tensor, ...]:
         sites = self.sites if which == "adapted" else self.shared_sites
@@ -428,6 +466,7 @@ class Density:
 
         `lead` is the shape of θ without its last dimension, where φ differs between draws.
         """
+        _check_precision(tasks)
         wanted = (self.shared_dim,) if shared.dim() == 1 else (*lead, self.shared_dim)
         if tuple(shared.shape) != wanted:
             raise ValueError(f"shared has shape {tuple(shared.shape)}, wanted {wanted}")
@@ -463,3 +502,13 @@ class Density:
                 "the last two dimensions are tasks and coordinates"
             )
         self.check_data(tasks, shared, theta.shape[:-1])
+
+
+def _check_precision(tasks: Tasks) -> None:
+    for name, values in (("inputs", tasks.inputs), ("targets", tasks.targets)):
+        if values.is_floating_point() and values.dtype.itemsize < 4:
+            raise ValueError(
+                f"tasks holds {name} of {values.dtype}, in which curvature and scales cannot be "
+                "computed; give tasks.to(dtype=torch.float32): a network in half precision runs "
+                "in the data type of its inputs"
+            )

@@ -37,7 +37,7 @@ def twice_differentiable() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = str(error).splitlines()[0]
+        text = str(error).splitlines()[0].rstrip(".")
         if "derivative" not in text and "differentiate twice" not in text:
             raise
         raise NotTwiceDifferentiable(

@@ -66,7 +66,7 @@ def _simulate(
 ) -> dict[str, Tensor]:
     """One task; `together` within `vmap`."""
     try:
-        trace = density._trace(theta, shared, x, None, together)
+        trace = density._trace(theta, shared, x, None, together=together)
     except (AttributeError, TypeError) as error:
         raise ValueError(
             f"model failed with y=None: {reason(error)}. To predict it is "

@@ -11,6 +11,7 @@ from torch.nn.modules.utils import _pair
 from torch.overrides import TorchFunctionMode
 
 from varmeta.models.convolution import product_conv2d, windows_overlap_little
+from varmeta.models.layers import equivalent, no_drop
 
 _PRODUCTS = {torch.matmul, torch.mv, Tensor.matmul, Tensor.__matmul__, Tensor.mv}
 _BLANKS = {torch.zeros, torch.ones, torch.full, torch.empty}
@@ -27,7 +28,7 @@ class BatchedOperations(TorchFunctionMode):
       it is softplus(l) − y·l.
     - Convolutions with a stride become products of windows where they will be compiled; as they
       are, copying the windows costs what the products save.
-
+    - Recurrent and attention layers are plain products (`varmeta.models.layers`).
     - With `anchor`, tensors made by `torch.zeros` and its kin are batched from the start, so that
       a model or a law can write one task's numbers into them.
     - `torch.isclose` takes two data types (PyTorch's generalised Pareto law mixes them).
@@ -56,7 +57,8 @@ class BatchedOperations(TorchFunctionMode):
         if func in _BLANKS and self.blank is not None:
             made = func(*args, **(kwargs or {}))
             return (made + self.blank).to(made.dtype)
-        return func(*args, **(kwargs or {}))
+        out = equivalent(func, args, kwargs or {}, no_drop)
+        return func(*args, **(kwargs or {})) if out is NotImplemented else out
 
 
 def _convolution(

@@ -73,32 +73,35 @@ def by_row(nats: Tensor, lead: int, rows: int) -> Tensor:
 
 
 def rows_apart(
-    sites: Callable[..., list[Any]], draws: int, per_draw: bool
+    sites: Callable[..., list[Any]], draws: int, per_draw: bool, *, data: int = 2
 ) -> Callable[..., Tensor]:
     """log p(y_n | θ, φ) of every row, `[..., T, N]` nats, the laws asked for it outside of `vmap`.
 
     Args:
-        sites: one task's θ, φ, x and y to the nodes of the observed sites in the model's trace.
+        sites: one task's θ, φ, x, y and whatever else there is to the nodes of the observed sites
+            in the model's trace.
         draws: how many dimensions θ has in front of that of tasks.
         per_draw: whether φ differs between tasks and draws.
+        data: how many tensors of data there are.
 
     Raises:
         NotApart: when it is called: a law that cannot be taken apart.
     """
 
-    def rows(theta: Tensor, shared: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    def rows(theta: Tensor, shared: Tensor, *given: Tensor) -> Tensor:
         builds: list[Callable[..., Tensor]] = []
 
-        def parts(theta: Tensor, shared: Tensor, x: Tensor, y: Tensor) -> list[list[Tensor]]:
-            taken = [_site_apart(node) for node in sites(theta, shared, x, y)]
+        def parts(*one: Tensor) -> list[list[Tensor]]:
+            taken = [_site_apart(node) for node in sites(*one)]
             builds.extend(build for _, build in taken)
             return [tensors for tensors, _ in taken]
 
-        taken, lead = over_tasks(parts, draws, per_draw)(theta, shared, x, y), theta.shape[:-1]
+        taken = over_tasks(parts, draws, per_draw, data=data)(theta, shared, *given)
+        lead = theta.shape[:-1]
         total = theta.new_zeros(())
         with validation_off(), BatchedOperations():
             for build, tensors in zip(builds, taken, strict=True):
-                total = total + by_row(build(tensors, lead), len(lead), y.shape[1])
+                total = total + by_row(build(tensors, lead), len(lead), given[1].shape[1])
         return total
 
     return rows

@@ -98,7 +98,7 @@ def run(model: Model, x: Tensor, y: Tensor | None, inside: dict[str, Tensor] | N
 
 def probe(model: Model, x: Tensor, y: Tensor, seed: int = 0) -> Any:
     """One trace of the model on one task, global random state and parameter store left alone."""
-    with pyro_untouched(), global_rng(generator(seed)), _DataType(x):
+    with pyro_untouched(), global_rng(generator(seed)), _DataType(_float_type(model, x)):
         try:
             return poutine.trace(run).get_trace(model, x, y)
         except Exception as error:
@@ -143,9 +143,9 @@ class Answer(Messenger):
 class _DataType(Messenger):
     """Latents and params take the data's floating type, as they do in every later evaluation."""
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self.dtype = _float_type(x)
+        self.dtype = dtype
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if not msg["is_observed"] and msg["value"].is_floating_point():
@@ -158,8 +158,12 @@ class _DataType(Messenger):
         msg["kwargs"]["constraint"] = stored.get(msg["name"], msg["kwargs"]["constraint"])
 
 
-def _float_type(x: Tensor) -> torch.dtype:
-    return x.dtype if x.is_floating_point() else torch.get_default_dtype()
+def _float_type(model: Model, x: Tensor) -> torch.dtype:
+    """That of the inputs; where these are whole numbers, the model's own if it has one."""
+    if x.is_floating_point():
+        return x.dtype
+    own = getattr(model, "dtype", None)
+    return own if isinstance(own, torch.dtype) else torch.get_default_dtype()
 
 
 def read_sites(
@@ -207,15 +211,18 @@ def read_sites(
             )
     joint = _is_joint(trace, observed, len(y))
     joint = _is_joint(longer, observed, len(y) + 1) or joint
+    like = torch.empty((), dtype=_float_type(model, x), device=x.device)
     sites: list[Site] = []
     for name, node in trace.nodes.items():
         if node["type"] == "param":
             owned = next((k for k, p in owners.items() if any(p is a for a in node["args"])), None)
-            sites.append(_param_site(name, node["value"], x, node["kwargs"]["constraint"], owned))
+            sites.append(
+                _param_site(name, node["value"], like, node["kwargs"]["constraint"], owned)
+            )
         elif name in names:
             _check_latent(name, node, longer, len(y))
-            site = _latent_site(name, node, "shared" if name in shared else "adapted", x)
-            other = _latent_site(name, again.nodes[name], site.role, x)
+            site = _latent_site(name, node, "shared" if name in shared else "adapted", like)
+            other = _latent_site(name, again.nodes[name], site.role, like)
             middle = site.constrain(site.loc), other.constrain(site.loc)
             pairs = (middle, (site.loc, other.loc), (site.scale, other.scale))
             if not all(torch.allclose(a, b) for a, b in pairs):
@@ -228,7 +235,7 @@ def read_sites(
     known = {site.parameter for site in sites} | {f"{n}_unconstrained" for n in trace.nodes}
     for name, parameter in owners.items():  # those that Pyro did not announce
         if name not in known:
-            sites.append(_param_site(name, parameter, x, constraints.real, name))
+            sites.append(_param_site(name, parameter, like, constraints.real, name))
     if not any(site.role == "adapted" for site in sites):
         raise ValueError(
             "model has no latent site that adapts to a task; write at least one "
@@ -302,8 +309,8 @@ def _latent_site(name: str, node: Any, role: Any, like: Tensor) -> Site:
         fn.support,
         transform,
         fn,
-        loc.to(dtype=_float_type(like), device=like.device).flatten(),
-        scale.to(dtype=_float_type(like), device=like.device).flatten(),
+        loc.to(dtype=like.dtype, device=like.device).flatten(),
+        scale.to(dtype=like.dtype, device=like.device).flatten(),
     )
 
 
@@ -317,7 +324,7 @@ def _extreme(values: Tensor) -> float:
 def _param_site(name: str, value: Tensor, like: Tensor, support: Any, owned: str | None) -> Site:
     transform = biject_to(support)
     loc = transform.inv(value.detach())
-    flat = loc.to(dtype=_float_type(like), device=like.device).flatten()
+    flat = loc.to(dtype=like.dtype, device=like.device).flatten()
     one = torch.ones_like(flat)
     return Site(name, "param", value.shape, loc.shape, support, transform, None, flat, one, owned)
 
