@@ -352,7 +352,7 @@ def test_loo_is_arvizs_on_one_task() -> None:
     ours = loo(q, prior, tasks, draws=400, moment_match=False)
     for name in tasks.names[1:]:
         likelihood = data["log_likelihood"].to_dataset()  # type: ignore[index]
-        mine = likelihood.isel(row=likelihood["task_of_row"].values == name)
+        mine = likelihood.isel(row=data["observed_data"]["task_of_row"].values == name)
         stats = data["sample_stats"].sel(task=name)  # type: ignore[index]
         wanted = az.loo_approximate_posterior(
             xr.DataTree.from_dict({"log_likelihood": mine}),
