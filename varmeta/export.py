@@ -59,17 +59,18 @@ def to_arviz(
       estimate of it. (New tasks adapted to by NUTS have draws of φ of their own, and `task` among
       the dimensions.) With the draws of NUTS itself come θ0 and Σ's standard deviations, as
       `<site>_loc` and `<site>_scale` on the unconstrained scale.
-    - `prior`: what is known of each task before its data are seen: θ_i ~ N(θ0, Σ) on the model's own
-      scale, and the shared sites, with the dimensions that they have in `posterior`, as
+    - `prior`: what is known of each task before its data are seen: θ_i ~ N(θ0, Σ) on the model's
+      own scale, and the shared sites, with the dimensions that they have in `posterior`, as
       `az.plot_dist_comparison` wants it. For NUTS θ0, Σ and φ are drawn from their posterior, and
       `<site>_loc` and `<site>_scale` are there too.
     - `posterior_predictive`, `log_likelihood`, `observed_data`: `(..., row, ...)`, the rows that
       exist, task after task. Coordinates `task_of_row` and `row_id` (`tasks.row_ids`) of
       `observed_data` and `constant_data` say which they are (in a group with draws they would be
-      columns of `idata.to_dataframe()`). The variable is the observed site; if there are several, `log_likelihood` has their
-      sum as `tasks.target_name`. What was observed is what the model made of the targets: the log
-      of them with `obs=y.log()`. Without a sampler of its law `posterior_predictive` is left out,
-      with a warning. Where all rows of a task are one draw, `log_likelihood` is `(..., task)`.
+      columns of `idata.to_dataframe()`). The variable is the observed site; if there are several,
+      `log_likelihood` has their sum as `tasks.target_name`. What was observed is what the model
+      made of the targets: the log of them with `obs=y.log()`. Without a sampler of its law
+      `posterior_predictive` is left out, with a warning. Where all rows of a task are one draw,
+      `log_likelihood` is `(..., task)`.
     - `constant_data`: `inputs` `(row, input)`, `num_rows` `(task)`; and, save for NUTS,
       `<site>_loc` and `<site>_scale`. They are point estimates then: repeated over draws they would
       have no ESS or R-hat, and `az.summary` and the trace plots would warn of that.
@@ -82,10 +83,10 @@ def to_arviz(
       of the last training step on each that the adaptation does not have (the worst over a task's
       folds). A group of varmeta's own, as the next; those with "data" in their name are left out of
       `idata.to_dataframe()`, which has one row per draw.
-    - `shrinkage_data`: the columns of `fit.shrinkage()` for these tasks, `(module)`: `size`, `scale`,
-      `start`, `movement`, `relative`, `cost`, `cost_se`, `optimism` (nats per task; on the query
-      rows of `tasks`, if it has some) and, for its verdict, `adapted`. Left out for a prior of more
-      than 1,000 modules.
+    - `shrinkage_data`: the columns of `fit.shrinkage()` for these tasks, `(module)`: `size`,
+      `scale`, `start`, `movement`, `relative`, `cost`, `cost_se`, `optimism` (nats per task; on the
+      query rows of `tasks`, if it has some) and, for its verdict, `adapted`. Left out for a prior
+      of more than 1,000 modules.
 
     With a `"delta"` posterior all draws are alike, which leaves PSIS (`az.loo`, `az.compare`)
     nothing to go by: ArviZ 0.x warns of every row, ArviZ 1.x raises.
@@ -319,7 +320,7 @@ def _single(values: np.ndarray) -> np.ndarray:
 def _prior(
     fit: Fit, like: Tensor, chains: int, noise: torch.Generator
 ) -> tuple[Variables, Variables]:
-    """θ0 and the standard deviations of Σ; θ_i ~ N(θ0, Σ), as many as `like` `[S, T, D]`, with φ."""
+    """θ0 and the standard deviations of Σ; φ and θ_i ~ N(θ0, Σ), as many draws as `like` has."""
     density, prior, draws = fit.density, fit.prior, len(like)
     if not isinstance(fit.strategy, PyroNUTS):
         variance = prior.scale**2 + (0 if prior.factor is None else prior.factor.square().sum(-1))
