@@ -49,6 +49,7 @@ from varmeta.inference.maml import FOMAML, MAML, MetaSGD, Reptile
 from varmeta.inference.mechanisms import Mechanisms, mechanisms, mechanisms_at
 from varmeta.inference.minimise import Adam, GradientDescent, ProximalDescent
 from varmeta.inference.minres import MINRES
+from varmeta.inference.modes import map_estimate
 from varmeta.inference.newton import NewtonCG
 from varmeta.inference.nuts import PyroNUTS
 from varmeta.inference.nystrom import Nystrom
@@ -153,6 +154,7 @@ __all__ = [
     "hierarchy",
     "laplace_evidence",
     "loo",
+    "map_estimate",
     "mechanisms",
     "mechanisms_at",
     "meta_gradient",
