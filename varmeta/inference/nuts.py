@@ -78,6 +78,9 @@ class PyroNUTS(Strategy):
         worst = float(state.tensors["rhat"])
         return "" if worst <= _MIXED else f"the chains disagree: worst R-hat {worst:.3f}"
 
+    def check_shared(self, density: Density) -> None:
+        """All of φ is drawn."""
+
     @property
     def point_scales(self) -> bool:
         """False: they have a posterior of their own."""
