@@ -346,7 +346,9 @@ class LaplaceEvidence(AmortisedVariational):
         grads = gradients(total, meta.leaves(), state.step)
         mode = found.effects - density.shared_init[density.effects]
         keep = {"minima": found.theta, "effects": mode / density.shared_scale[density.effects]}
-        info = StepInfo(float(total.detach()), len(tasks) * found.info.gradients, found.info.stats())
+        info = StepInfo(
+            float(total.detach()), len(tasks) * found.info.gradients, found.info.stats()
+        )
         return Evaluated(info, list(grads), keep)
 
 

@@ -128,19 +128,18 @@ def integrated(
         still = prior.moved(prior.loc.detach(), prior.log_scale.detach(), _detached(prior.factor))
     theta, phi, at, info = _mode(fixed, still, shared.detach(), start, minimiser, step)
     leaves = _Leaves.of(prior, phi)
-    energy = TaskEnergy(density, tasks, leaves.shared, leaves.prior)
-    losses = energy.loss(theta)
-    rest = fixed.of_priors(leaves.shared)
-    # What has the mode's own derivatives: the volumes.
-    point = theta.clone().requires_grad_()
-    volume, bent = LogDet().terms(density, leaves.prior, leaves.shared, tasks, point)
-    turned = fixed.curving(leaves.prior, leaves.shared, point, at)
-    wanted = [point, *leaves.tensors]
-    third = torch.autograd.grad(volume.sum() + turned, wanted, materialize_grads=True)
-    way = _way_back(at, third[0], third[1][density.effects])
-    slopes = fixed.slope_along(leaves.prior, leaves.shared, theta, *way)
-    implicit = torch.autograd.grad(slopes, leaves.tensors, materialize_grads=True)
-    first = torch.autograd.grad(losses.sum() + rest, leaves.tensors, materialize_grads=True)
+    with torch.enable_grad():
+        losses = TaskEnergy(density, tasks, leaves.shared, leaves.prior).loss(theta)
+        rest = fixed.of_priors(leaves.shared)
+        # What has the mode's own derivatives: the volumes.
+        point = theta.clone().requires_grad_()
+        volume, bent = LogDet().terms(density, leaves.prior, leaves.shared, tasks, point)
+        turned = fixed.curving(leaves.prior, leaves.shared, point, at)
+        third = _plain_grad(volume.sum() + turned, [point, *leaves.tensors])
+        way = _way_back(at, third[0], third[1][density.effects])
+        slopes = fixed.slope_along(leaves.prior, leaves.shared, theta, *way)
+        implicit = _plain_grad(slopes, leaves.tensors)
+        first = _plain_grad(losses.sum() + rest, leaves.tensors)
     grads = [a + b - c for a, b, c in zip(first, third[1:], implicit, strict=True)]
     grads[0][density.effects] = 0.0  # it is at its mode, whatever it is told
     count = len(density.effects)
@@ -342,6 +341,10 @@ def _way_back(at: Curvature, of_theta: Tensor, of_effects: Tensor) -> tuple[Tens
     inner = torch.cholesky_solve(of_theta[..., None], at.root)[..., 0]
     effects = at.inverse @ (of_effects - torch.einsum("tdm,td->m", at.cross, inner))
     return inner + at.moves @ effects, effects
+
+
+def _plain_grad(of: Tensor, at: list[Tensor]) -> list[Tensor]:
+    return list(torch.autograd.grad(of, at, materialize_grads=True))
 
 
 def _grad(of: Tensor, at: list[Tensor]) -> list[Tensor]:
