@@ -301,10 +301,10 @@ class Strategy(Checked, ABC):
         if len(density.effects):
             site = next(site for site in density.shared_sites if site.depends == "spread")
             raise ValueError(
-                f"{self.name} takes shared latents as points, and the spread of the prior of "
-                f"{site.name!r} depends on another one: of points the most likely spread is 0, "
-                "whatever the data say. Use LaplaceEvidence, which integrates over them, or "
-                f"PyroSVI or PyroNUTS, or give the prior of {site.name!r} a fixed spread"
+                f"{self.name} takes shared latents as points, whose most likely spread is 0 whatever "
+                f"the data say, and the spread of the prior of {site.name!r} depends on another "
+                "one; use LaplaceEvidence, which integrates over them, or PyroSVI or PyroNUTS, or "
+                f"give the prior of {site.name!r} a fixed spread"
             )
 
     @property

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -244,8 +245,8 @@ class _Energy:
             (other,) = _grad((of_prior[u] * v).sum(), [leaf])
             return one.detach()[:, u], other.detach()[u]
 
-        like = {"dtype": leaf.dtype, "device": leaf.device}
-        random = torch.randn(len(u), generator=generator(0, device=leaf.device), **like)  # type: ignore[arg-type]
+        like: Any = {"dtype": leaf.dtype, "device": leaf.device}
+        random = torch.randn(len(u), generator=generator(0, device=leaf.device), **like)
         sums, turned = product(torch.ones_like(random)), product(random)
         if all(torch.allclose(b, a * random, rtol=1e-6) for a, b in zip(sums, turned, strict=True)):
             return sums[0].sum(0) + sums[1], True
@@ -255,7 +256,7 @@ class _Energy:
                 f"independent entries; this is integrated over up to {MOST_DENSE} of them. Use "
                 "PyroSVI"
             )
-        columns = [product(e) for e in torch.eye(len(u), **like)]  # type: ignore[arg-type]
+        columns = [product(e) for e in torch.eye(len(u), **like)]
         return torch.stack([one.sum(0) + other for one, other in columns]), False
 
     def curving(self, prior: GaussianPrior, shared: Tensor, theta: Tensor, at: Curvature) -> Tensor:
