@@ -301,10 +301,10 @@ class Strategy(Checked, ABC):
         if len(density.effects):
             site = next(site for site in density.shared_sites if site.depends == "spread")
             raise ValueError(
-                f"{self.name} takes shared latents as points, whose most likely spread is 0 whatever "
-                f"the data say, and the spread of the prior of {site.name!r} depends on another "
-                "one; use LaplaceEvidence, which integrates over them, or PyroSVI or PyroNUTS, or "
-                f"give the prior of {site.name!r} a fixed spread"
+                f"{self.name} takes shared latents as points, whose most likely spread is 0 "
+                f"whatever the data say, and the spread of the prior of {site.name!r} depends on "
+                "another one; use LaplaceEvidence, which integrates over them, or PyroSVI or "
+                f"PyroNUTS, or give the prior of {site.name!r} a fixed spread"
             )
 
     @property
