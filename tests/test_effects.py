@@ -202,6 +202,39 @@ def test_the_evidence_and_its_gradient_are_those_of_the_marginal_law() -> None:
     assert_close(found.effects, DESIGN.effects(values.detach()), 1e-8)
 
 
+def test_two_crossed_vectors_are_integrated_over_together() -> None:
+    """A row hears an entry of each: ∂²E/∂u² is diagonal beside the shorter one alone."""
+
+    def twice(x: Tensor, y: Tensor | None = None) -> Tensor:
+        level = pyro.sample("level", dist.Normal(one(3.0), 1.0))
+        tau = pyro.sample("tau", dist.HalfNormal(torch.ones(2, dtype=FLOAT)).to_event(1))
+        long = pyro.sample("long", dist.Normal(torch.zeros(7, dtype=FLOAT), tau[0]).to_event(1))
+        short = pyro.sample("short", dist.Normal(torch.zeros(3, dtype=FLOAT), tau[1]).to_event(1))
+        with pyro.plate("rows", len(x)):
+            mean = level + long[x[:, 0].long()] + short[x[:, 1].long()]
+            return pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+    other = np.random.default_rng(5).integers(3, size=ROWS)
+    places = [DESIGN.task == k for k in range(TASKS)]
+    x = np.c_[DESIGN.entry, other].astype(float)
+    tasks = vm.Tasks.from_list([(tensor(x[p]), tensor(DESIGN.y[p])) for p in places])
+    of = vm.Density(twice, tasks, shared=["tau", "long", "short"])
+    values = tensor([2.8, -0.4, -0.1, -0.6]).requires_grad_()
+    prior = vm.GaussianPrior(values[:1], values[1:2], torch.zeros(1, dtype=torch.long))
+    shared = torch.cat([values[2:], torch.zeros(10, dtype=FLOAT)])
+    found = integrated(of, prior, shared, tasks, torch.zeros(TASKS, 1).double(), vm.NewtonCG())
+    (ours,) = torch.autograd.grad(found.value, values)
+    last = torch.cat([values[1:3], values.new_zeros(1)])
+    w = tensor(np.eye(3)[other])
+    covariance = DESIGN.law(values[0], last).covariance_matrix + (2 * values[3]).exp() * w @ w.T
+    law = td.MultivariateNormal(values[0].expand(ROWS), covariance)
+    exact = -law.log_prob(tensor(DESIGN.y))
+    exact = exact - td.HalfNormal(values.new_ones(2)).log_prob(values[2:].exp()).sum()
+    (wanted,) = torch.autograd.grad(exact, values)
+    assert found.value.item() == pytest.approx(exact.item(), rel=1e-12)
+    assert_close(ours, wanted, 1e-8)
+
+
 def counts(x: Tensor, y: Tensor | None = None) -> Tensor:
     """Nothing is Gaussian or diagonal here: counts, a positive vector, two entries to a row."""
     level = pyro.sample("level", dist.Normal(one(0.0), 1.0))
@@ -298,6 +331,10 @@ def test_what_integrating_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> 
         vm.fit(replace(evidence, logdet=vm.LogDet(probes=1)), density(), DESIGN.tasks)
     monkeypatch.setattr("varmeta.inference.effects.MOST_NUMBERS", 50)
     with pytest.raises(ValueError, match=r"12 tasks × 1 coordinates × 7.*use PyroSVI"):
+        vm.fit(evidence, density(), DESIGN.tasks)
+    monkeypatch.undo()
+    monkeypatch.setattr("varmeta.inference.effects.MOST_PASSES", -1)
+    with pytest.raises(ValueError, match="a row hears several of the 7 shared effects"):
         vm.fit(evidence, density(), DESIGN.tasks)
     with pytest.raises(ValueError, match="vectorise=True: the prior of a shared latent depends"):
         vm.fit(vm.PyroSVI(vectorise=True), density(), DESIGN.tasks)

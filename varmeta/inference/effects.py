@@ -15,8 +15,9 @@ Differentiation and Laplace Approximation). With C = S⁻¹ and W_i = −A_i⁻�
 
     ½ tr(C dS) = ½ Σ_i [tr(W_i C W_iᵀ dA_i) + 2 tr((W_i C)ᵀ dB_i)] + ½ tr(C d ∂²E/∂u²),
 
-2D + 1 passes over the data where a row hears one entry of u (∂²E/∂u² is diagonal: crossed effects),
-and M passes more where it hears several. The mode moves along by the implicit function theorem.
+2D + 1 passes over the data where a row hears one entry of u (∂²E/∂u² is diagonal: crossed effects).
+Where it hears several, a pass more for each entry but those of the largest vector, if a row hears
+one of these. The mode moves along by the implicit function theorem.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from varmeta.seeds import generator
 from varmeta.tasks import Tasks
 
 MOST_NUMBERS = 200_000_000  # in B `[T, D, M]` and S `[M, M]`: 1.6 GB each in double precision
-MOST_DENSE = 300  # entries of u up to which rows may hear several of them
+MOST_PASSES = 300  # entries of u that may be heard beside another one
 _STEPS, _HALVINGS = 50, 20
 _ARRIVED = 1e-12  # nats that a Newton step of u would gain
 
@@ -53,14 +54,14 @@ class Curvature:
         cross: B, `[T, D, M]`.
         inverse: C = S⁻¹, `[M, M]`.
         log_det: log det S, nats.
-        diagonal: whether ∂²E/∂u² is diagonal.
+        few: `[K]`, the entries of u beside which ∂²E/∂u² is diagonal.
     """
 
     root: Tensor
     cross: Tensor
     inverse: Tensor
     log_det: Tensor
-    diagonal: bool
+    few: Tensor
 
     @property
     def moves(self) -> Tensor:
@@ -219,12 +220,12 @@ class _Energy:
             leaf, of_prior = self.prior_slope(shared.detach())
             slope = (of_each.sum(0) + of_prior)[u].detach()
             rows = [_grad(of_theta[:, d].sum(), [theta, each]) for d in range(theta.shape[-1])]
-            own, diagonal = self._of_effects(each, of_each, leaf, of_prior)
+            own, few = self._of_effects(each, of_each, leaf, of_prior)
         curve = torch.stack([row[0].detach() for row in rows], 1) + prior.precision()
         cross = torch.stack([row[1].detach()[:, u] for row in rows], 1)
         root, bad = torch.linalg.cholesky_ex(0.5 * (curve + curve.mT))
         white = torch.linalg.solve_triangular(root, cross, upper=False).flatten(0, 1)
-        schur = (own.diag() if diagonal else own) - white.mT @ white
+        schur = own - white.mT @ white
         factor, worse = torch.linalg.cholesky_ex(0.5 * (schur + schur.mT))
         if bool(bad.any()) or int(worse):
             raise NonFiniteLoss(
@@ -232,12 +233,12 @@ class _Energy:
                 "effects; tighten the model's priors"
             )
         log_det = 2 * factor.diagonal().log().sum()
-        return slope, Curvature(root, cross, torch.cholesky_inverse(factor), log_det, diagonal)
+        return slope, Curvature(root, cross, torch.cholesky_inverse(factor), log_det, few)
 
     def _of_effects(
         self, each: Tensor, of_each: Tensor, leaf: Tensor, of_prior: Tensor
-    ) -> tuple[Tensor, bool]:
-        """∂²E/∂u²: its diagonal `[M]` and True, or all of it `[M, M]` and False."""
+    ) -> tuple[Tensor, Tensor]:
+        """∂²E/∂u² `[M, M]`, and the entries of u beside which it is diagonal."""
         u = self.effects
 
         def product(v: Tensor) -> tuple[Tensor, Tensor]:  # for each task, and of the prior
@@ -247,17 +248,35 @@ class _Energy:
 
         like: Any = {"dtype": leaf.dtype, "device": leaf.device}
         random = torch.randn(len(u), generator=generator(0, device=leaf.device), **like)
-        sums, turned = product(torch.ones_like(random)), product(random)
-        if all(torch.allclose(b, a * random, rtol=1e-6) for a, b in zip(sums, turned, strict=True)):
-            return sums[0].sum(0) + sums[1], True
-        if len(u) > MOST_DENSE:
-            raise ValueError(
-                f"a row hears several of the {len(u)} shared effects, or their prior is not one of "
-                f"independent entries; this is integrated over up to {MOST_DENSE} of them. Use "
-                "PyroSVI"
-            )
-        columns = [product(e) for e in torch.eye(len(u), **like)]
-        return torch.stack([one.sum(0) + other for one, other in columns]), False
+        for few in self._candidates():
+            many = torch.ones(len(u), dtype=torch.bool, device=u.device)
+            many[few] = False
+            sums, turned = product(many.to(random)), product(many * random)
+            pairs = [
+                (a[..., many] * random[many], b[..., many])
+                for a, b in zip(sums, turned, strict=True)
+            ]
+            if all(float((a - b).norm()) <= 1e-9 * float(a.norm()) for a, b in pairs):
+                own = (many * (sums[0].sum(0) + sums[1])).diag()
+                for k in few:
+                    one, other = product(torch.eye(len(u), **like)[k])
+                    own[k] = own[:, k] = one.sum(0) + other
+                return own, few
+        raise ValueError(
+            f"a row hears several of the {len(u)} shared effects, or their prior is not one of "
+            f"independent entries; beside one vector of which a row hears one entry, up to "
+            f"{MOST_PASSES} such entries are integrated over. Use PyroSVI"
+        )
+
+    def _candidates(self) -> list[Tensor]:
+        """Which entries of u may be heard beside another one: none, all but a vector, or all."""
+        sites = [s.size for s in self.density.shared_sites if s.depends == "spread"]
+        places = torch.arange(sum(sites), device=self.effects.device)
+        parts = places.split(sites)
+        largest = max(range(len(parts)), key=lambda k: sites[k])
+        rest = [part for k, part in enumerate(parts) if k != largest]
+        choices = [places[:0], torch.cat([places[:0], *rest]), places]
+        return [few for few in choices if len(few) <= MOST_PASSES]
 
     def curving(self, prior: GaussianPrior, shared: Tensor, theta: Tensor, at: Curvature) -> Tensor:
         """½ tr(C S), C and W held fixed: of no use but for its derivative, that of ½ log det S."""
@@ -270,14 +289,17 @@ class _Energy:
         for d in range(theta.shape[-1]):
             own, cross = _grad(of_theta[:, d].sum(), [theta, each])
             total = total + (around[:, d] * own).sum() + 2 * (along[:, d] * cross[:, u]).sum()
-        if at.diagonal:
-            (own,) = _grad(of_each[:, u].sum(), [each])
-            (more,) = _grad(of_prior[u].sum(), [leaf])
-            return 0.5 * (total + (inverse.diagonal() * (own[:, u].sum(0) + more[u])).sum())
-        for k, weights in enumerate(inverse):
+        weights = inverse.diagonal().clone()
+        weights[at.few] = 0.0
+        many = (weights != 0).to(weights)
+        (own,) = _grad((of_each[:, u] * many).sum(), [each])
+        (more,) = _grad((of_prior[u] * many).sum(), [leaf])
+        total = total + (weights * (own[:, u].sum(0) + more[u])).sum()
+        for k in at.few:  # its row and its column, what two of the few share once
+            twice = (1 + many) * inverse[k]
             (own,) = _grad(of_each[:, u[k]].sum(), [each])
             (more,) = _grad(of_prior[u[k]], [leaf])
-            total = total + (weights * (own[:, u].sum(0) + more[u])).sum()
+            total = total + (twice * (own[:, u].sum(0) + more[u])).sum()
         return 0.5 * total
 
     def slope_along(
