@@ -181,7 +181,7 @@ class _Leaves:
 
 @dataclass(frozen=True, eq=False)
 class _Energy:
-    """Derivatives of Σ_i f_i(θ_i, φ) − log p(φ), with a copy of φ for each task."""
+    """Derivatives of the whole, Σ_i f_i(θ_i, φ) − log p(φ)."""
 
     density: Density
     tasks: Tasks
@@ -199,7 +199,7 @@ class _Energy:
         return total
 
     def slopes(self, theta: Tensor, shared: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """θ, a φ of each task `[T, P]`, and Σ f_i's derivatives in both, with a graph."""
+        """θ, a copy of φ for each task `[T, P]`, Σ f_i's derivatives in both, with a graph."""
         each = shared.expand(len(theta), -1)
         theta = theta if theta.requires_grad else theta.detach().requires_grad_()
         each = each if each.requires_grad else each.clone().requires_grad_()
@@ -207,20 +207,20 @@ class _Energy:
         of_theta, of_each = _grad(loss, [theta, each])
         return theta, each, of_theta, of_each
 
-    def prior_slope(self, shared: Tensor) -> tuple[Tensor, Tensor]:
-        """φ and −log p(φ)'s derivative in it, with a graph."""
+    def whole_slope(self, theta: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
+        """φ `[P]`, one for all tasks, and the derivative of the whole in it, with a graph."""
         shared = shared if shared.requires_grad else shared.detach().requires_grad_()
-        return shared, _grad(self.of_priors(shared), [shared])[0]
+        losses = self.density.negative_log_likelihood(theta, self.tasks, shared)
+        return shared, _grad(losses.sum() + self.of_priors(shared), [shared])[0]
 
     def at(self, prior: GaussianPrior, theta: Tensor, shared: Tensor) -> tuple[Tensor, Curvature]:
         """E's derivative in u `[M]`, and its Hessian."""
         u = self.effects
         with torch.enable_grad():
-            theta, each, of_theta, of_each = self.slopes(theta.detach(), shared.detach())
-            leaf, of_prior = self.prior_slope(shared.detach())
-            slope = (of_each.sum(0) + of_prior)[u].detach()
+            theta, each, of_theta, _ = self.slopes(theta.detach(), shared.detach())
             rows = [_grad(of_theta[:, d].sum(), [theta, each]) for d in range(theta.shape[-1])]
-            own, few = self._of_effects(each, of_each, leaf, of_prior)
+            leaf, slope = self.whole_slope(theta.detach(), shared.detach())
+            own, few = self._of_effects(leaf, slope[u])
         curve = torch.stack([row[0].detach() for row in rows], 1) + prior.precision()
         cross = torch.stack([row[1].detach()[:, u] for row in rows], 1)
         root, bad = torch.linalg.cholesky_ex(0.5 * (curve + curve.mT))
@@ -233,37 +233,29 @@ class _Energy:
                 "effects; tighten the model's priors"
             )
         log_det = 2 * factor.diagonal().log().sum()
-        return slope, Curvature(root, cross, torch.cholesky_inverse(factor), log_det, few)
+        return slope[u].detach(), Curvature(
+            root, cross, torch.cholesky_inverse(factor), log_det, few
+        )
 
-    def _of_effects(
-        self, each: Tensor, of_each: Tensor, leaf: Tensor, of_prior: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _of_effects(self, leaf: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
         """∂²E/∂u² `[M, M]`, and the entries of u beside which it is diagonal."""
-        u = self.effects
-
-        def product(v: Tensor) -> tuple[Tensor, Tensor]:  # for each task, and of the prior
-            (one,) = _grad((of_each[:, u] * v).sum(), [each])
-            (other,) = _grad((of_prior[u] * v).sum(), [leaf])
-            return one.detach()[:, u], other.detach()[u]
-
         like: Any = {"dtype": leaf.dtype, "device": leaf.device}
-        random = torch.randn(len(u), generator=generator(0, device=leaf.device), **like)
+        random = torch.randn(len(slope), generator=generator(0, device=leaf.device), **like)
+
+        def product(v: Tensor) -> Tensor:
+            return _grad((slope * v).sum(), [leaf])[0].detach()[self.effects]
+
         for few in self._candidates():
-            many = torch.ones(len(u), dtype=torch.bool, device=u.device)
-            many[few] = False
-            sums, turned = product(many.to(random)), product(many * random)
-            pairs = [
-                (a[..., many] * random[many], b[..., many])
-                for a, b in zip(sums, turned, strict=True)
-            ]
-            if all(float((a - b).norm()) <= 1e-9 * float(a.norm()) for a, b in pairs):
-                own = (many * (sums[0].sum(0) + sums[1])).diag()
+            many = torch.ones_like(random).index_fill(0, few, 0.0)
+            diagonal = many * product(many)
+            off = many * product(many * random) - random * diagonal
+            if float(off.norm()) <= torch.finfo(off.dtype).eps ** 0.5 * float(diagonal.norm()):
+                own = diagonal.diag()
                 for k in few:
-                    one, other = product(torch.eye(len(u), **like)[k])
-                    own[k] = own[:, k] = one.sum(0) + other
+                    own[k] = own[:, k] = product(torch.zeros_like(random).index_fill(0, k, 1.0))
                 return own, few
         raise ValueError(
-            f"a row hears several of the {len(u)} shared effects, or their prior is not one of "
+            f"a row hears several of the {len(slope)} shared effects, or their prior is not one of "
             f"independent entries; beside one vector of which a row hears one entry, up to "
             f"{MOST_PASSES} such entries are integrated over. Use PyroSVI"
         )
@@ -283,34 +275,29 @@ class _Energy:
         u, inverse, moves = self.effects, at.inverse, at.moves
         along = moves @ inverse  # W C, [T, D, M]
         around = along @ moves.mT  # W C Wᵀ, [T, D, D]
-        theta, each, of_theta, of_each = self.slopes(theta, shared)
-        leaf, of_prior = self.prior_slope(shared)
+        theta, each, of_theta, _ = self.slopes(theta, shared)
         total = (around.sum(0) * prior.precision()).sum()
         for d in range(theta.shape[-1]):
             own, cross = _grad(of_theta[:, d].sum(), [theta, each])
             total = total + (around[:, d] * own).sum() + 2 * (along[:, d] * cross[:, u]).sum()
-        weights = inverse.diagonal().clone()
-        weights[at.few] = 0.0
-        many = (weights != 0).to(weights)
-        (own,) = _grad((of_each[:, u] * many).sum(), [each])
-        (more,) = _grad((of_prior[u] * many).sum(), [leaf])
-        total = total + (weights * (own[:, u].sum(0) + more[u])).sum()
+        leaf, slope = self.whole_slope(theta, shared)
+        many = torch.ones_like(inverse[0]).index_fill(0, at.few, 0.0)
+        (own,) = _grad((slope[u] * many).sum(), [leaf])
+        total = total + (many * inverse.diagonal() * own[u]).sum()
         for k in at.few:  # its row and its column, what two of the few share once
-            twice = (1 + many) * inverse[k]
-            (own,) = _grad(of_each[:, u[k]].sum(), [each])
-            (more,) = _grad(of_prior[u[k]], [leaf])
-            total = total + (twice * (own[:, u].sum(0) + more[u])).sum()
+            (own,) = _grad(slope[u[k]], [leaf])
+            total = total + ((1 + many) * inverse[k] * own[u]).sum()
         return 0.5 * total
 
     def slope_along(
         self, prior: GaussianPrior, shared: Tensor, theta: Tensor, way: Tensor, effects: Tensor
     ) -> Tensor:
         """∂E/∂(θ, u) times a direction `[T, D]`, `[M]`, differentiable in prior and φ."""
-        theta, _, of_theta, of_each = self.slopes(theta.detach(), shared)
-        _, of_prior = self.prior_slope(shared)
-        pull = prior.precision_mv(theta - prior.loc)
-        of_u = (of_each.sum(0) + of_prior)[self.effects]
-        return (way * (of_theta + pull)).sum() + (effects * of_u).sum()
+        theta = theta.detach().requires_grad_()
+        losses = self.density.negative_log_likelihood(theta, self.tasks, shared)
+        whole = losses.sum() + prior.penalty(theta).sum() + self.of_priors(shared)
+        of_theta, of_shared = _grad(whole, [theta, shared])
+        return (way * of_theta).sum() + (effects * of_shared[self.effects]).sum()
 
 
 def _mode(
