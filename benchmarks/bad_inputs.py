@@ -53,9 +53,22 @@ def csv_files() -> Iterator[Kind]:
     yield "blank lines alone", read("\n\n"), ("empty",)
     yield "header alone", read("g,x,y\n"), ("no rows",)
     yield "no header", read(GOOD[6:]), ("no column 'g'", "a, 1, 2")
-    for mark in (";", "\t", "|"):
-        yield f"separator {mark!r}", read(GOOD.replace(",", mark)), (repr(mark), "separated")
-    yield "semicolons, decimal commas", read(GOOD.replace(",", ";").replace("3", "3,5")), ("';'",)
+    semicolons = GOOD.replace(",", ";")
+    for cell in ("1,234", "1.234"):  # which may be a thousand and more
+        text = f"g;x;y\na;{cell};{'1,5' if '.' in cell else 1}\n"
+        yield f"{cell} beside semicolons", read(text), ("'x'", cell, "line 2", "decimal point")
+    yield "another notation beside semicolons", read(semicolons + "c;1'5;1\n"), ("'x'", "line 8")
+    yield "a longer line, semicolons", read(semicolons + "c;1;2;3\n"), ("line 8", "4", "';'")
+    yield "texts among numbers", read(GOOD + "c,high,1\n"), ("'x'", "high", "line 8")
+    yield "free text", read("g,x,y\n" + "".join(f"a,t{k},1\n" for k in range(30))), ("'x'", "C(x)")
+    yield "one level alone", read("g,x,y\na,u,1\nb,u,2\n"), ("'x'", "'u'", "leave it out")
+    yield "a bad date", read("g,x,y\na,2020-01-01,1\nb,2020-30-01,2\n"), ("'x'", "2020-30-01")
+    yield "a query column of 2", read(GOOD.replace("2", "5"), query="y"), ("'y'", "target")
+    yield "no such query", read(GOOD, query="z"), ("query", "'z'")
+    levels = Tasks.from_frame(pd.DataFrame({"g": [1, 1], "x": list("uv"), "y": [0, 1]}), task="g",
+                              inputs=["x"], target="y").design  # fmt: skip
+    new = pd.DataFrame({"g": [1], "x": ["w"], "y": [0]})
+    yield "a new level", lambda: Tasks.from_frame(new, design=levels), ("'x'", "'w'", "u, v")
     yield "Latin-1", read(GOOD.replace("a", "é").encode("latin-1")), ("line 2", "UTF-8")
     yield "UTF-16 without a mark", read(GOOD.encode("utf-16-le")), ("UTF-8",)
     yield "a workbook", read(b"PK\x03\x04\xff\xfe\x00"), ("UTF-8",)
@@ -192,6 +205,10 @@ def command_line() -> Iterator[Kind]:
     for words, named in (
         (("--query", "1.5"), ("--query", "1.5")),
         (("--query", "nan"), ("--query", "nan")),
+        (("--query", "z"), ("query", "'z'", "g, x, y")),
+        (("--missing", "fill"), ("--missing", "fill")),
+        (("--integers", "all"), ("integers", "all", "target")),
+        (("--family", "normal"), ("--family", "formula")),
         (("--query", "0.001"), ("--query 0.001", "'g'")),
         (("--hold-out", "99"), ("--hold-out", "99")),
         (("--hold-out", "-1"), ("--hold-out", "-1")),

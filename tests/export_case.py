@@ -32,6 +32,7 @@ GROUPS = [
     "prior",
     "posterior_predictive",
     "log_likelihood",
+    "prior_predictive",
     "observed_data",
     "constant_data",
     "sample_stats",

@@ -18,6 +18,7 @@ import varmeta.cli as cli
 import varmeta.settings as settings
 from varmeta import CompletePooling, Density, Tasks
 from varmeta.data import load
+from varmeta.model_files import load_model, model_file
 
 MODEL = """
 import pyro, pyro.distributions as dist, torch
@@ -61,8 +62,8 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(*arguments: str) -> tuple[int, str]:
-    result = CliRunner().invoke(cli.app, ["compare", *arguments])
+def run(*arguments: str, command: str = "compare") -> tuple[int, str]:
+    result = CliRunner().invoke(cli.app, [command, *arguments])
     return result.exit_code, re.sub(r"\s+", " ", result.output)
 
 
@@ -77,6 +78,37 @@ def test_own_model_and_data(workplace: Path) -> None:
     assert Path("out/IMAML.nc").exists()
     code, output = run(*command)
     assert code == 2 and "holds a finished run" in output and "--overwrite" in output
+    predicted(workplace)
+
+
+def predicted(workplace: Path) -> None:
+    """What `varmeta predict` makes of the run in out/, and of mistakes."""
+    frame = pd.read_csv("radon.csv").iloc[:4].astype({"log_radon": object})
+    frame.loc[1:2, "log_radon"] = ""
+    frame.to_csv("new.csv", index=False)
+    command = ["out", "--data", "new.csv", "--strategy", "imaml", "--quantiles", "0.5"]
+    code, output = run(*command, "--draws", "2", command="predict")
+    assert code == 0 and "2 rows predicted by IMAML" in output, output
+    found = pd.read_csv("predictions.csv")
+    assert found["county"].tolist() == frame["county"].tolist()[1:3]
+    own = ["known_by", *(f"log_radon.{n}" for n in ("mean", "sd", "q50", "draw[0]", "draw[1]"))]
+    assert list(found)[len(frame.columns) :] == own
+    wrong = {
+        "'predictions.csv' is there": [*command],
+        "out has no 'PyroNUTS'": ["out", "--data", "new.csv", "--strategy", "nuts", "--out", "p"],
+        "gone.py', where the model was": [*command, "--model", "gone.py:county"],
+        "holds no run": ["nowhere", "--data", "new.csv"],
+        "is there; name another file": ["out", "--data", "new.csv", "--out", "new.csv"],
+    }
+    for said, arguments in wrong.items():
+        code, output = run(*arguments, command="predict")
+        assert code == 2 and said in output and "Traceback" not in output, output
+    Path("other.py").write_text(MODEL.replace("def county", "def state"))
+    frame["floor"] = ["0", "1", "ground", "0"]
+    frame.to_csv("new.csv", index=False)
+    code, output = run(*command, "--model", "other.py:state", "--overwrite", command="predict")
+    assert code == 2 and "'ground' in line 4" in output, output
+    assert list(pd.read_csv("predictions.csv")) == list(found)
 
 
 def test_shipped_problem_without_held_out_rows(workplace: Path) -> None:
@@ -263,12 +295,70 @@ def test_a_model_file_is_a_module_that_may_import_its_neighbours(
         Path(folder).mkdir()
         Path(folder, f"{name}.py").write_text(FUTURE)
         Path(folder, "neighbour.py").write_text(f"SCALE = {scale}\n")
-        model = cli.load_model(Path(folder, f"{name}.py"), "county")
+        model = load_model(Path(folder, f"{name}.py"), "county")
         pairs = [(torch.ones(3, 1), torch.ones(3))] * 2
         scales.append(float(Density(model, Tasks.from_list(pairs)).prior_scale))
     assert scales == [2.0, 3.0]
     assert sys.path == path and not [m for m in set(sys.modules) - modules if "neighb" in m]
     assert not [m for m in set(sys.modules) - modules if m.startswith("varmeta_model_")]
+
+
+def test_a_model_may_import_its_neighbours_when_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no library that is imported meanwhile is taken from its folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("one").mkdir()
+    body = "    import neighbour\n    a = pyro.sample('a', dist.Normal(0.0, neighbour.SCALE))\n"
+    plate = "    with pyro.plate('rows', x.shape[-2]):\n"
+    law = "        pyro.sample('y', dist.Normal(a, 1.0), obs=y)\n"
+    head = "import pyro, pyro.distributions as dist\ndef late(x, y=None):\n"
+    Path("one", "mine.py").write_text(head + body + plate + law)
+    Path("one", "neighbour.py").write_text("SCALE = 3.0\n")
+    Path("one", "wave.py").write_text("raise ImportError('not the library')\n")
+    path, modules = list(sys.path), set(sys.modules)
+    with model_file(Path("one", "mine.py"), "late") as model:
+        import wave
+
+        assert hasattr(wave, "open")
+        pairs = [(torch.ones(3, 1), torch.ones(3))] * 2
+        assert float(Density(model, Tasks.from_list(pairs)).prior_scale) == 3.0
+    assert sys.path == path and "neighbour" not in set(sys.modules) - modules
+
+
+def test_a_table_with_texts_is_read_and_said(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Tasks] = {}
+
+    def stop(_: Any, density: Density, train: Tasks, *rest: Any, **__: Any) -> None:
+        seen["train"] = train
+        raise ValueError("enough")
+
+    monkeypatch.setattr(cli, "run_comparison", stop)
+    Path("mine.csv").write_text(
+        "county;floor;held;log_radon\n"
+        + "".join(f"{c};{f};{h};1,{k}5\n" for k, (c, f, h) in enumerate(
+            [("A", "low", 0), ("A", "top", 1), ("B", "low", 0), ("B", "", 1), ("B", "low", 1)]))
+    )  # fmt: skip
+    command = ["my_model.py:county", "--data", "mine.csv", "--task", "county"]
+    command += ["--inputs", "floor", "--target", "log_radon", "--query", "held"]
+    code, output = run(*command)
+    assert code == 2 and "'floor' holds '' in line 5" in output and "--missing drop" in output
+    code, output = run(*command, "--missing", "drop")
+    assert "floor: indicators of top, beside low" in output and "enough" in output
+    train = seen["train"]
+    assert train.input_names == ("floor[top]",) and len(train) == 2  # none is held out whole
+    assert train.is_query[train.mask].tolist() == [False, True, False, True]
+    assert train.targets[0].tolist() == [1.05, 1.15]
+    code, output = run(*command, "--missing", "fill")
+    assert "--missing must be error or drop, got 'fill'" in output
+    code, output = run(*[*command[:-1], "hold"])
+    assert "query: no column 'hold'" in output
+    code, output = run("log_radon ~ (1 | county)", "--data", "mine.csv", "--task", "county")
+    assert "--task: a formula says it; leave it out" in output
+    code, output = run(*command, "--family", "normal")
+    assert "--family: goes with a formula, and the model file has its own law" in output
 
 
 def test_what_nobody_expected(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,9 @@ def read(tmp_path: Path, text: str | bytes, **changes: Any) -> Tasks:
         GOOD.replace(",", " , "),
         GOOD.replace("\n", "\n\n"),
         "z,g,x,y\nq,a,1,2\n,a,2,3\nNA,b,3,4\n",
+        *(GOOD.replace(",", mark) for mark in ";\t|"),
+        ("\ufeff" + GOOD.replace(",", ";")).encode("utf-16"),
+        '"weight, kg";g;x;y\n1;a;1;2\n1;a;2;3\n1;b;3;4\n',
     ],
 )
 def test_files_that_are_read(tmp_path: Path, text: str | bytes) -> None:
@@ -57,6 +60,26 @@ def test_truths_and_long_names(tmp_path: Path) -> None:
     assert read(tmp_path, f"g,x,y\n{long[0]},1,1\n{long[1]},2,2\n").names == long
 
 
+@pytest.mark.parametrize(
+    ("cells", "numbers"),
+    [
+        (("1,5", "-2,25", "3"), [1.5, -2.25, 3.0]),  # decimal commas
+        (("1.234,5", "2,5", "12.345.678"), [1234.5, 2.5, 12345678.0]),  # and points of thousands
+        (("0,125", "1,250", "7,5e-3"), [0.125, 1.25, 0.0075]),  # 1,250 as the others are
+        (("0,5", "0,125", "12.345,75"), [0.5, 0.125, 12345.75]),
+        (("1.5", "2.25", "1.234"), [1.5, 2.25, 1.234]),  # decimal points
+    ],
+)
+def test_decimal_commas_beside_semicolons(
+    tmp_path: Path, cells: tuple[str, ...], numbers: list[float]
+) -> None:
+    text = "g;x;y\n" + "".join(f"a,1;{cell};0.12{k}\n" for k, cell in enumerate(cells))
+    tasks = read(tmp_path, text + "b;0;0\n")
+    assert tasks.targets[0].tolist() == [0.12, 0.121, 0.122], "no thousand begins with 0"
+    assert tasks.inputs[0, :, 0].tolist() == numbers
+    assert tasks.names == ("a,1", "b")  # which is no number
+
+
 def cell(value: str) -> str:
     return GOOD + f'b,5,"{value}"\nb,6,7\n'
 
@@ -74,13 +97,10 @@ def cell(value: str) -> str:
         ),
         (GOOD.encode("utf-16-le"), {}, "NUL characters .* save it as UTF-8"),
         (b"\x1f\x8bnothing", {}, "packed by gzip and broken"),
-        (GOOD.replace(",", ";"), {}, "no column 'g'; .* separated by ';': save .* sep=';'"),
-        (GOOD.replace(",", "\t"), {}, r"no column 'g'; .* separated by '\\t'"),
-        (
-            GOOD.replace(",", ";").replace("3", "3,5"),
-            {},
-            "CSV file: .*line 3.* separated by ';'",
-        ),
+        (GOOD.replace(",", ";") + "b;1;2;3\n", {}, "no CSV file: Expected 3 .*separated by ';'"),
+        ("g;x;y\na;1,234;1\na;2,345;2\n", {}, "'x' holds '1,234' in line 2, which may be"),
+        ("g;x;y\na;1.234;1,5\na;12.345;2\n", {}, "'x' holds '1.234' in line 2, which may be"),
+        ("g;x;y\na;1.5;1,5\na;2;2,5\nb;3;1'000,5\n", {}, "'y' holds '1,5' .* decimal point"),
         (
             GOOD + "b,1,2,3\n",
             {},

@@ -275,7 +275,7 @@ def test_all_fail(tmp_path: Path) -> None:
     assert plain(result).count("failed: step 2: the loss of task 't1' is nan") == 4
     assert result.shrinkage().empty
     files = {path.name for path in (tmp_path / "run").iterdir() if path.is_file()}
-    assert files == {"run.json", "table.csv"}
+    assert files == {"run.json", "table.csv", "data.pt"}
 
 
 def test_without_the_reference_nothing_is_measured_against_it() -> None:

@@ -30,9 +30,9 @@ from varmeta import (
     compare,
     fit,
 )
-from varmeta.cli import load_model
 from varmeta.digest import digest, digests_of
 from varmeta.fingerprint import differences, in_words
+from varmeta.model_files import load_model
 from varmeta.models import network, sinusoids
 
 F64 = torch.float64

@@ -96,15 +96,27 @@ def test_csv_files(data: bytes, inputs: list[str]) -> None:
     assert tasks.targets.isfinite().all() and tasks.inputs.isfinite().all()
     code = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     lines = re.split("\r\n|\r|\n", data.decode(code))
-    rows = [row for row in csv.reader(line + "\n" for line in lines) if row]
+    header = next(line for line in lines if line)
+    mark = max(",;\t|", key=lambda sign: len(next(csv.reader([header], delimiter=sign))))
+    rows = [row for row in csv.reader((line + "\n" for line in lines), delimiter=mark) if row]
     if len(rows) != len(lines) - 1 or any(len(row) != len(rows[0]) for row in rows):
         return None  # cells that hold an end of line, or empty lines
     at = [name.strip() for name in rows[0]].index("y")
-    wanted = [{"true": 1.0, "false": 0.0}.get(r[at].strip().lower()) for r in rows[1:]]
-    wanted = [float(r[at]) if w is None else w for w, r in zip(wanted, rows[1:], strict=True)]
+    commas = mark != "," and any("," in cell for row in rows[1:] for cell in row)
     ids = tasks.row_ids[tasks.mask]  # type: ignore[index]
-    assert tasks.targets[tasks.mask][ids.argsort()].tolist() == wanted
+    found = tasks.targets[tasks.mask][ids.argsort()].tolist()
+    for row, value in zip(rows[1:], found, strict=True):
+        assert value in may_be(row[at].strip().lower(), commas)
     return None
+
+
+def may_be(cell: str, commas: bool) -> list[float]:
+    """What a cell may be read as; a comma may be the decimal mark where it separates no columns."""
+    if cell in ("true", "false"):
+        return [float(cell == "true")]
+    if "," in cell:
+        return [float(cell.replace(".", "").replace(",", "."))] if commas else []
+    return [float(cell)] + [float(cell.replace(".", ""))] * (commas and "." in cell)
 
 
 # -- settings -------------------------------------------------------------------------------------

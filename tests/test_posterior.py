@@ -135,8 +135,8 @@ def test_a_few_draws_at_once_average_to_the_same(
     monkeypatch.setattr(parts, "AT_ONCE", rows)
     seen, call = list[int](), Density.log_likelihood
 
-    def counted(self: Density, theta: Tensor, *rest: Any) -> Tensor:
-        out = call(self, theta, *rest)
+    def counted(self: Density, theta: Tensor, *rest: Any, **more: Any) -> Tensor:
+        out = call(self, theta, *rest, **more)
         seen.append(out.numel())
         return out
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -64,11 +65,21 @@ def test_own_model_command(command: str, tmp_path: Path, monkeypatch: pytest.Mon
     model = re.search(r"```python\n(import pyro.*?)```", PAGES[COMMANDS[command]], re.S)
     assert model is not None
     Path("my_model.py").write_text(model.group(1).split("tasks =")[0])
-    load("radon").to_csv("radon.csv", index=False)
+    frame = load("radon")
+    frame[frame["county"].isin(frame["county"].unique()[:12])].to_csv("radon.csv", index=False)
     result = CliRunner().invoke(app, shlex.split(command)[1:])
     assert result.exit_code == 0, result.output
     assert "known tasks" in result.output
     assert Path("runs/my_model_county/table.csv").exists()
+    rows = load("radon").iloc[::40].assign(log_radon=lambda f: f["log_radon"].where(f["floor"] > 0))
+    rows.to_csv("new.csv", index=False)
+    for other in (c for c in COMMANDS if c.startswith("varmeta predict")):
+        if COMMANDS[other] == COMMANDS[command]:
+            result = CliRunner().invoke(app, shlex.split(other)[1:])
+            assert result.exit_code == 0, result.output
+            found = pd.read_csv("predictions.csv")
+            assert len(found) == int(rows["log_radon"].isna().sum())
+            assert found["log_radon.mean"].between(-1, 4).all()
 
 
 def test_the_first_example_prints_what_the_readme_says(capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,8 +97,22 @@ def test_the_first_example_prints_what_the_readme_says(capsys: pytest.CaptureFix
         assert abs(float(one.replace("−", "-")) - float(other.replace("−", "-"))) < 0.003
 
 
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "~" in c])
+def test_formula_command(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As written, on a few counties and by one strategy."""
+    monkeypatch.chdir(tmp_path)
+    frame = load("radon")
+    frame[frame["county"].isin(frame["county"].unique()[:8])].to_csv("radon.csv", index=False)
+    quick = ["--strategies", "complete-pooling"] * (" compare " in command)
+    result = CliRunner().invoke(app, [*shlex.split(command)[1:], *quick])
+    assert result.exit_code == 0, result.output
+    assert ("known tasks" in result.output) or ("pyro.sample" in result.output)
+
+
 def test_every_command_is_known() -> None:
     known = ("make ", "varmeta compare my_model.py", "varmeta compare radon", "pip install", "git ")
+    known += ("varmeta predict runs/my_model_county ",)
+    known += ('varmeta compare "log_radon ~', 'varmeta model "log_radon ~')
     for command in COMMANDS:
         assert command.startswith(known), f"README shows a command that no test covers: {command}"
 

@@ -7,8 +7,10 @@ Data flow one way: `Tasks` → `Density` (a Pyro model of one task) → `Gaussia
 from importlib.metadata import version as _version
 
 from varmeta.comparison import Comparison, compare
+from varmeta.design import Design
 from varmeta.export import from_netcdf, to_arviz
 from varmeta.files import BrokenFile, FileInUse, NotWritten
+from varmeta.formula_model import FormulaModel, from_formula
 from varmeta.importance import Evidence, Loo, evidence, loo
 from varmeta.inference.abml import ABML
 from varmeta.inference.amortised import (
@@ -61,8 +63,10 @@ from varmeta.inference.sigma import SigmaIMAML, SigmaMAML, SigmaReptile
 from varmeta.inference.stochastic import Stochastic, meta_gradient
 from varmeta.inference.stopping import Terminated
 from varmeta.inference.svi import PyroSVI
+from varmeta.loading import load
 from varmeta.models import Density, GaussianPrior, Modules, hierarchy
 from varmeta.posterior import TaskPosterior
+from varmeta.prediction import Predictions
 from varmeta.shrinkage import Shrinkage
 from varmeta.tasks import Tasks, TaskSource
 
@@ -89,12 +93,14 @@ __all__ = [
     "CompletePooling",
     "CurvatureGated",
     "Density",
+    "Design",
     "Detached",
     "Diagonal",
     "Evidence",
     "EvolutionStrategies",
     "FileInUse",
     "Fit",
+    "FormulaModel",
     "GatedPathwise",
     "GaussianPrior",
     "GradientCheck",
@@ -122,6 +128,7 @@ __all__ = [
     "OneStep",
     "Pathwise",
     "PersistentES",
+    "Predictions",
     "PriorDominated",
     "ProximalDescent",
     "PyroNUTS",
@@ -150,9 +157,11 @@ __all__ = [
     "evidence",
     "find_basins",
     "fit",
+    "from_formula",
     "from_netcdf",
     "hierarchy",
     "laplace_evidence",
+    "load",
     "loo",
     "map_estimate",
     "mechanisms",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
+import shlex
 import sys
 import traceback
 import warnings
@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from signal import SIGTERM
-from types import ModuleType
 from typing import Annotated
 
 import torch
@@ -24,12 +23,19 @@ from varmeta import __version__
 from varmeta.comparison import Comparison
 from varmeta.comparison import compare as run_comparison
 from varmeta.failures import expected, explain, own_line
+from varmeta.families import FAMILIES
+from varmeta.files import write
+from varmeta.formula_model import MODEL_FILE, WrittenModel
 from varmeta.inference.base import Strategy
 from varmeta.inference.stopping import Terminated, terminating
+from varmeta.loading import load, strategies_in
+from varmeta.model_files import load_model
 from varmeta.models.sites import Model
+from varmeta.own_problems import Options, own_problem, split
+from varmeta.prediction_files import predict_file
 from varmeta.problems import PROBLEMS, Problem
+from varmeta.runs import MODEL_PLACE, said
 from varmeta.settings import DEFAULT, STRATEGIES, choose, described, table_names
-from varmeta.tasks import Tasks
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -63,23 +69,49 @@ def compare(
     problem: Annotated[
         str,
         typer.Argument(
-            help=f"A shipped problem ({', '.join(PROBLEMS)}) or your model, my_model.py:function."
+            help=f"A shipped problem ({', '.join(PROBLEMS)}), a formula such as "
+            "'y ~ x + (1 + x | group)', or your model, my_model.py:function."
         ),
     ],
     data: Annotated[Path | None, typer.Option(help="CSV file, one row per datum.")] = None,
     task: Annotated[str | None, typer.Option(help="Column that names a row's task.")] = None,
     inputs: Annotated[
-        str | None, typer.Option(help="Input columns, separated by commas; default none.")
+        str | None,
+        typer.Option(
+            help="Input columns by commas, C(name) to take numbers for levels, or a formula; "
+            "default none."
+        ),
     ] = None,
     target: Annotated[str | None, typer.Option(help="Target column.")] = None,
     shared: Annotated[
         str | None, typer.Option(help="Latent sites with one value for all tasks, by commas.")
     ] = None,
     query: Annotated[
-        float | None, typer.Option(help="Share of each task's rows to hold out; default 0.3.")
+        str | None,
+        typer.Option(
+            help="Share of each task's rows to hold out, default 0.3; or the column (0 or 1) that "
+            "says which."
+        ),
     ] = None,
     hold_out: Annotated[
-        int | None, typer.Option(help="Whole tasks to hold out; default a sixth of them.")
+        int | None,
+        typer.Option(
+            help="Whole tasks to hold out; default a sixth of them, or none with a --query column."
+        ),
+    ] = None,
+    family: Annotated[
+        str | None,
+        typer.Option(help=f"Law of a formula, default normal, of: {', '.join(FAMILIES)}."),
+    ] = None,
+    missing: Annotated[
+        str | None,
+        typer.Option(help="Rows with a missing value: error (default), or drop them."),
+    ] = None,
+    integers: Annotated[
+        str | None,
+        typer.Option(
+            help="What stays whole numbers, with levels numbered from 0: inputs, target or both."
+        ),
     ] = None,
     strategies: Annotated[
         str, typer.Option(help=f"By commas, of: {', '.join(STRATEGIES)}; or of tables of --config.")
@@ -121,51 +153,129 @@ def compare(
     console = Console()
     with _in_plain_words(debug):
         chosen = choose(
-            _split(strategies),
+            split(strategies),
             steps=steps,
             tolerance=tolerance,
             settings=settings or (),
             config=config,
         )
-        if problem in PROBLEMS:
-            given: dict[str, object] = {"--data": data, "--task": task, "--inputs": inputs}
-            given |= {
-                "--target": target,
-                "--shared": shared,
-                "--query": query,
-                "--hold-out": hold_out,
-            }
-            extra = [name for name, value in given.items() if value is not None]
-            if extra:
-                raise ValueError(
-                    f"{', '.join(extra)}: goes with a model of your own, FILE.py:FUNCTION, and not "
-                    f"with {problem!r}, which has all of it; leave it out"
-                )
-            label, case = problem, PROBLEMS[problem](seed)
-        else:
-            label, case = _own_problem(
-                problem, data, task, inputs, target, shared, query, hold_out, seed
-            )
-        folder = out or Path("runs") / label
-        _say(console, f"{case.train}" + (f" and {case.new} never seen" if case.new else ""))
-        for name, strategy in chosen.items():
-            _say(console, f"{name}: {described(_settled(strategy, case))}")
-        result = run_comparison(
-            table_names(chosen),
-            case.density,
-            case.train,
-            case.new,
-            seed=seed,
-            folder=folder,
-            overwrite=overwrite,
+        options = Options(
+            data, task, inputs, target, shared, query, hold_out, family, missing, integers
         )
+        with _problem(problem, options, seed) as (label, case):
+            folder = out or Path("runs") / label
+            _say(console, f"{case.train}" + (f" and {case.new} never seen" if case.new else ""))
+            for phrase in case.train.design.described() if case.train.design else ():
+                _say(console, phrase)
+            for name, strategy in chosen.items():
+                _say(console, f"{name}: {described(_settled(strategy, case))}")
+            result = run_comparison(
+                table_names(chosen),
+                case.density,
+                case.train,
+                case.new,
+                seed=seed,
+                folder=folder,
+                overwrite=overwrite,
+                model_place=_place(problem),
+                command=_typed(),
+            )
         folder = result.folder or folder
         typer.echo(str(result))
         files = sorted(path for path in folder.iterdir() if path.is_file())
         _say(console, f"Files in {folder}/: " + ", ".join(path.name for path in files))
+        _say(console, f"The whole of it as a page: {folder / 'report.html'}")
         if result.failures:
             _say_failed(result, folder, debug)
             raise typer.Exit(1)
+
+
+@app.command()
+def predict(
+    run: Annotated[Path, typer.Argument(help="Output folder of varmeta compare.")],
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="CSV file with the run's columns; rows whose target is empty, or all if "
+            "it has no such column, are predicted."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="CSV file to write.")] = Path("predictions.csv"),
+    strategy: Annotated[
+        str | None, typer.Option(help="One of the run; default the best on known tasks.")
+    ] = None,
+    quantiles: Annotated[
+        str, typer.Option(help="Of the predictions, by commas.")
+    ] = "0.05,0.5,0.95",
+    draws: Annotated[int, typer.Option(help="Draws to write for each row, as columns.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    model: Annotated[
+        str | None, typer.Option(help="FILE.py:FUNCTION, if the model is no longer where it was.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the file to write.")] = False,
+    debug: Annotated[bool, typer.Option(help="Show the traceback of what fails.")] = False,
+) -> None:
+    """Predict rows without a target: of known tasks, of new ones with some rows or with none.
+
+    The rows are written with all of their columns, what their task is known by, and mean, standard
+    deviation and quantiles of each prediction. Rows with a target say more of their task.
+    """
+    with _in_plain_words(debug):
+        place = model or said(run, MODEL_PLACE)
+        if not place:
+            raise ValueError(
+                f"{run} does not say where its model is: a program wrote it; give it by "
+                "--model FILE.py:FUNCTION"
+            )
+        loaded = PROBLEMS[place](0).density.model if place in PROBLEMS else _model_at(place, run)
+        if strategy in STRATEGIES and strategy not in strategies_in(run):
+            strategy = STRATEGIES[strategy]().name  # as tables and files have it
+        done = predict_file(
+            load(run, loaded, strategy=strategy),
+            data,
+            out,
+            quantiles=[float(q) for q in split(quantiles)],
+            keep=draws,
+            seed=seed,
+            overwrite=overwrite,
+        )
+        _say(Console(), done)
+
+
+@app.command("model")
+def print_model(
+    formula: Annotated[str, typer.Argument(help="Such as 'y ~ x + (1 + x | group)'.")],
+    data: Annotated[Path | None, typer.Option(help="CSV file, one row per datum.")] = None,
+    family: Annotated[str, typer.Option(help=f"Law, of: {', '.join(FAMILIES)}.")] = "normal",
+    missing: Annotated[
+        str, typer.Option(help="Rows with a missing value: error, or drop them.")
+    ] = "error",
+    debug: Annotated[bool, typer.Option(help="Show the traceback of what fails.")] = False,
+) -> None:
+    """Print the Pyro model that a formula stands for: a Python file to be read, edited and run.
+
+    Exit status: 0, or 2 if there is none.
+    """
+    with _in_plain_words(debug):
+        made = Options(data=data, family=family, missing=missing).formula_model(formula)
+        typer.echo(made.source, nl=False)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Output folder of varmeta compare.")],
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file to write; default RUN/report.html.")
+    ] = None,
+    debug: Annotated[bool, typer.Option(help="Show the traceback of what fails.")] = False,
+) -> None:
+    """Write a run as one HTML page that needs nothing else: verdict, tables, pictures, settings."""
+    from varmeta.html_report import html_report  # jinja2, for this alone
+
+    with _in_plain_words(debug):
+        path = out or run / "report.html"
+        write(path, html_report(run))
+        _say(Console(), f"Written: {path}")
 
 
 @app.command()
@@ -249,6 +359,20 @@ def _say_failed(result: Comparison, folder: Path, debug: bool) -> None:
     )
 
 
+@contextmanager
+def _problem(problem: str, options: Options, seed: int) -> Iterator[tuple[str, Problem]]:
+    """A shipped problem or the user's own, with a name for its output."""
+    if problem not in PROBLEMS:
+        with own_problem(problem, options, seed) as found:
+            yield found
+        return
+    options.refuse(
+        "goes with a model of your own, FILE.py:FUNCTION, or a formula, and not with "
+        f"{problem!r}, which has all of it"
+    )
+    yield problem, PROBLEMS[problem](seed)
+
+
 def _settled(strategy: Strategy, case: Problem) -> Strategy:
     """With the choices made that it leaves open; as it is if it refuses this problem."""
     try:
@@ -257,111 +381,25 @@ def _settled(strategy: Strategy, case: Problem) -> Strategy:
         return strategy
 
 
-def _own_problem(
-    spec: str,
-    data: Path | None,
-    task: str | None,
-    inputs: str | None,
-    target: str | None,
-    shared: str | None,
-    query: float | None,
-    hold_out: int | None,
-    seed: int,
-) -> tuple[str, Problem]:
-    path, colon, name = spec.rpartition(":")
-    if not colon or not path.endswith(".py"):
+def _typed() -> str:
+    """The command as it was typed; '' where another program runs it."""
+    return shlex.join(["varmeta", *sys.argv[1:]]) if Path(sys.argv[0]).stem == "varmeta" else ""
+
+
+def _place(problem: str) -> str:
+    """Where the model is, wherever `varmeta predict` is called from; a formula's is in the run."""
+    path, _, name = problem.rpartition(":")
+    if "~" in problem:
+        return ""
+    return problem if problem in PROBLEMS else f"{Path(path).resolve()}:{name}"
+
+
+def _model_at(place: str, run: Path) -> Model:
+    path, colon, name = place.rpartition(":")
+    if path == MODEL_FILE and (run / path).is_file():
+        return WrittenModel((run / path).read_text(), name)
+    if not colon or not Path(path).is_file():
         raise ValueError(
-            f"no shipped problem {spec!r}; there are: {', '.join(PROBLEMS)}. For a model of your "
-            "own give FILE.py:FUNCTION"
+            f"no file {path or place!r}, where the model was; give it by --model FILE.py:FUNCTION"
         )
-    for option, value in (("--data", data), ("--task", task), ("--target", target)):
-        if value is None:
-            raise ValueError(
-                f"{option} is missing; a model of your own needs --data, --task, --target"
-            )
-    assert data is not None and task is not None and target is not None
-    share = 0.3 if query is None else query
-    if not 0 <= share < 1:
-        raise ValueError(f"--query must lie between 0 and below 1, got {share:g}; 0 holds out none")
-    if not data.is_file():
-        raise ValueError(f"--data: no file {str(data)!r}; give a CSV file that is there")
-    model = load_model(Path(path), name)
-    tasks = Tasks.from_csv(data, task=task, inputs=_split(inputs or ""), target=target)
-    count = len(tasks) // 6 if hold_out is None else hold_out
-    if not 0 <= count < len(tasks):
-        raise ValueError(
-            f"--hold-out must lie between 0 and {len(tasks) - 1}, got {count}: there are "
-            f"{len(tasks)} tasks, and one must be left to learn from"
-        )
-    label = f"{Path(path).stem}_{name}"
-    made = Problem.make(
-        model, tasks, shared=_split(shared or ""), query=share, hold_out=count, seed=seed
-    )
-    parts = [part for part in (made.train, made.new) if part is not None]
-    if share and not any(bool(part.is_query.any()) for part in parts):
-        raise ValueError(
-            f"--query {share:g} finds no row to hold out: each of the {len(tasks)} tasks of --task "
-            f"{task!r} has too few. Name another column, or give --query 0 to fit without scores"
-        )
-    return label, made
-
-
-def load_model(path: Path, name: str) -> Model:
-    """The function or module `name` of the Python file `path`.
-
-    While the file is loaded it is a module of its own and may import its neighbours; then
-    `sys.path` is as it was.
-
-    Raises:
-        ValueError: no such file, or no such name in it.
-    """
-    if not path.is_file():
-        raise ValueError(f"no file {str(path)!r}; give FILE.py:FUNCTION of a file that is there")
-    # A name that no library has: it stands in sys.modules, where dataclasses look it up.
-    spec = importlib.util.spec_from_file_location(f"varmeta_model_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with _importing(module, path.resolve().parent):
-        try:
-            spec.loader.exec_module(module)
-        except SystemExit:
-            raise ValueError(f"{path} ended the program when it was loaded (SystemExit)") from None
-    found = getattr(module, name, None)
-    own = [
-        n
-        for n, v in vars(module).items()
-        if callable(v) and getattr(v, "__module__", None) == module.__name__
-    ]
-    if isinstance(found, type):
-        raise ValueError(
-            f"{path}: {name!r} is a class; name an object of it: write model = {name}() there and "
-            f"give {path}:model"
-        )
-    if not callable(found):
-        raise ValueError(f"{path} has no model {name!r}; it defines: {', '.join(own) or 'none'}")
-    model: Model = found
-    return model
-
-
-@contextmanager
-def _importing(module: ModuleType, folder: Path) -> Iterator[None]:
-    """`module` among the modules and its folder on the path; then both lists are as they were.
-
-    Neighbours that it has imported leave too, so that another folder's of the same name are found.
-    """
-    path, known = list(sys.path), set(sys.modules)
-    sys.path.insert(0, str(folder))
-    sys.modules[module.__name__] = module
-    try:
-        yield
-    finally:
-        sys.path[:] = path
-        for name in set(sys.modules) - known:
-            file = Path(getattr(sys.modules[name], "__file__", None) or "/")
-            library = "site-packages" in file.parts  # of an environment that lies in the folder
-            if file.resolve().is_relative_to(folder) and not library:
-                del sys.modules[name]
-
-
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+    return load_model(Path(path), name)

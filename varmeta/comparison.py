@@ -16,8 +16,9 @@ from rich.text import Text
 
 from varmeta.checked import require_kind
 from varmeta.failures import Attempt, Failures
-from varmeta.files import load
+from varmeta.files import load, packed
 from varmeta.fingerprint import fingerprint
+from varmeta.formula_model import MODEL_FILE, WrittenModel
 from varmeta.inference.base import Strategy
 from varmeta.inference.fit import fit
 from varmeta.inference.fitted import Fit
@@ -27,7 +28,8 @@ from varmeta.kept import PARTS, Kept, part_file
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import TaskPosterior
-from varmeta.runs import RunFolder, run_folder
+from varmeta.runs import DATA_FILE, MODEL_PLACE, RunFolder, run_folder
+from varmeta.saved import packed_data, packed_strategy
 from varmeta.scores import Outcome, Score, left_out, score, score_table, task_sets
 from varmeta.seeds import generator
 from varmeta.shrinkage import MOST_MODULES
@@ -57,7 +59,9 @@ class Comparison:
             across tasks `elpd_se`, `elpd_diff` to the best strategy with that of the paired
             difference `elpd_diff_se`,
             `rmse` of the predictive mean, `coverage` of the central 90% predictive interval (both
-            of what the model observes, as of log y; NaN for classes without an order),
+            of what the model observes, as of log y, and leaves out what it masks; NaN for classes
+            without an order, and an `rmse` of several observed sites together; each by itself has
+            `elpd[name]`, `rmse[name]` and `coverage[name]`),
             `pareto_k` of the worst task, given the rows that its posterior was conditioned on (see
             `evidence`; above 0.7 its q_i is not to be trusted; −inf where q_i is exact for the
             learned prior held fixed, which leaves out what is not known of its scales; NaN for
@@ -143,6 +147,8 @@ def compare(
     folder: str | PathLike[str] | None = None,
     overwrite: bool = False,
     progress: bool | None = None,
+    model_place: str = "",
+    command: str = "",
 ) -> Comparison:
     """Fit every strategy to the same rows and score all of them on the same held-out rows.
 
@@ -173,6 +179,9 @@ def compare(
             scored and all is written; to go on with one that was interrupted, call again without
             `overwrite`.
         progress: show progress bars; None for "when the output is a terminal".
+        model_place: where `varmeta predict` finds the model, as `FILE.py:NAME` or a shipped
+            problem's name; kept in `folder`. Without it that command must be told.
+        command: what was typed to make the run; kept in `folder`, and shown by its report.
 
     Raises:
         TypeError: strategies, a density or tasks that are none.
@@ -198,6 +207,16 @@ def compare(
     given = {"train": train, "new": new}
     settings = fingerprint(named, density, given, prior, seed=seed, draws=draws)
     with run_folder(Path(folder), settings, named, overwrite=overwrite) as run:
+        if isinstance(density.model, WrittenModel):  # of a formula
+            run.write(MODEL_FILE, density.model.source)
+            model_place = f"{MODEL_FILE}:{density.model.name}"
+        if model_place:
+            run.say(MODEL_PLACE, model_place)
+        if command:
+            run.say("command", command)
+        if train.design is not None:
+            run.say("design", train.design.to_json())
+        _write_data(run, named, density, train.support, prior)
         return _compared(named, density, train, new, prior, seed, draws, progress, run)
 
 
@@ -349,6 +368,7 @@ def _named(strategies: Sequence[Strategy] | Mapping[str, Strategy]) -> dict[str,
 def _write(comparison: Comparison, run: RunFolder, failed: Failures) -> None:
     # ArviZ and Matplotlib only when something is written
     from varmeta.export import netcdf, to_arviz
+    from varmeta.html_report import html_report
     from varmeta.report_write import write_figures
 
     # As many draws a chain as NUTS has: common plots of ArviZ 1.x leave out fits that have fewer.
@@ -368,6 +388,7 @@ def _write(comparison: Comparison, run: RunFolder, failed: Failures) -> None:
     write_figures(comparison, run.folder, failed.note, run.add)
     failed.forget_earlier(comparison.table["strategy"].unique())
     _write_table(comparison, run)
+    run.write("report.html", html_report(run.folder))
     if not comparison.failures:
         for name in comparison.outcomes:
             for part in PARTS:
@@ -376,6 +397,22 @@ def _write(comparison: Comparison, run: RunFolder, failed: Failures) -> None:
     if comparison.outcomes:
         run.take_place()
     comparison.folder = run.folder
+
+
+def _write_data(
+    run: RunFolder,
+    named: Mapping[str, Strategy],
+    density: Density,
+    tasks: Tasks,
+    prior: GaussianPrior,
+) -> None:
+    """What `load` needs beside the strategies' checkpoints."""
+    strategies = {}
+    for name, strategy in named.items():
+        file = run.state_file(name).relative_to(run.folder).as_posix()
+        strategies[name] = {"file": file, "settings": packed_strategy(strategy)}
+    data = packed_data(density, tasks, prior)
+    run.write(DATA_FILE, packed({"strategies": strategies, "data": data}))
 
 
 def _write_table(comparison: Comparison, run: RunFolder) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from varmeta import parts
+from varmeta.checked import require_kind
+from varmeta.export_rows import by_row, counted, derived, log_likelihoods
 from varmeta.files import BrokenFile, why
 from varmeta.inference.diagnostics import by_task
 from varmeta.inference.fitted import Fit
@@ -31,7 +33,7 @@ if TYPE_CHECKING:  # imported where it is used, so that `import varmeta` does no
 Variable = tuple[tuple[str, ...], np.ndarray]  # dimensions, values
 Variables = dict[str, Variable]
 
-_SAMPLE, _PRIOR, _PREDICT = range(3)  # streams of the export's seed
+_SAMPLE, _PRIOR, _PREDICT, _PRIOR_PREDICT = range(4)  # streams of the export's seed
 _DRAW = ("chain", "draw")
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _DRAWS, _FEWEST_DRAWS = 500, 100
@@ -57,20 +59,23 @@ def to_arviz(
     - `posterior`: every adapted site by name on the model's own scale, `(chain, draw, task, ...)`;
       every shared site and param, `(chain, draw, ...)`, constant where the strategy has a point
       estimate of it. (New tasks adapted to by NUTS have draws of φ of their own, and `task` among
-      the dimensions.) With the draws of NUTS itself come θ0 and Σ's standard deviations, as
-      `<site>_loc` and `<site>_scale` on the unconstrained scale.
+      the dimensions.) `pyro.deterministic` sites of the model: `(chain, draw, row, ...)` where they
+      have a value for each row, else `(chain, draw, task, ...)`. With the draws of NUTS itself come
+      θ0 and Σ's standard deviations, as `<site>_loc` and `<site>_scale` on the unconstrained scale.
     - `prior`: what is known of each task before its data are seen: θ_i ~ N(θ0, Σ) on the model's
       own scale, and the shared sites, with the dimensions that they have in `posterior`, as
       `az.plot_dist_comparison` wants it. For NUTS θ0, Σ and φ are drawn from their posterior, and
       `<site>_loc` and `<site>_scale` are there too.
-    - `posterior_predictive`, `log_likelihood`, `observed_data`: `(..., row, ...)`, the rows that
-      exist, task after task. Coordinates `task_of_row` and `row_id` (`tasks.row_ids`) of
-      `observed_data` and `constant_data` say which they are (in a group with draws they would be
-      columns of `idata.to_dataframe()`). The variable is the observed site; if there are several,
-      `log_likelihood` has their sum as `tasks.target_name`. What was observed is what the model
-      made of the targets: the log of them with `obs=y.log()`. Without a sampler of its law
-      `posterior_predictive` is left out, with a warning. Where all rows of a task are one draw,
-      `log_likelihood` is `(..., task)`.
+    - `posterior_predictive`, `prior_predictive`, `log_likelihood`, `observed_data`:
+      `(..., row, ...)`, the rows that exist, task after task. Coordinates `task_of_row` and
+      `row_id` (`tasks.row_ids`) of `observed_data` and `constant_data` say which they are (in a
+      group with draws they would be columns of `idata.to_dataframe()`). The variable is the
+      observed site. If there are several, `log_likelihood` has each and, as `tasks.target_name`
+      (`total` if a site is called so), their sum: tell `az.loo` by `var_name` which. What was
+      observed is what the model made of the targets: the log of them with `obs=y.log()`; NaN where
+      a mask of the model leaves it out, as of a censored time. A draw of `prior_predictive` has
+      each task's θ_i of `prior`. Without a sampler of its law both are left out, with a warning.
+      Where all rows of a task are one draw, `log_likelihood` is `(..., task)`.
     - `constant_data`: `inputs` `(row, input)`, `num_rows` `(task)`; and, save for NUTS,
       `<site>_loc` and `<site>_scale`. They are point estimates then: repeated over draws they would
       have no ESS or R-hat, and `az.summary` and the trace plots would warn of that.
@@ -103,7 +108,8 @@ def to_arviz(
             of them than it made for others. (ArviZ 1.x leaves a fit with fewer draws per chain than
             another out of their common plot.)
         seed: of the draws; the same seed gives the same values.
-        predictive: whether to have the group `posterior_predictive`, a number per row and draw.
+        predictive: whether to have the groups `posterior_predictive` and `prior_predictive`, a
+            number per row and draw each.
         log_likelihood: whether to have the group `log_likelihood`, as many.
         single: store draws in single precision, half as large, save for those of a variable whose
             spread is less than a thousand times the rounding, and for `log_p` and `log_q`, of which
@@ -118,6 +124,7 @@ def to_arviz(
             with the name of a dimension or of another variable.
         NonFinitePosterior: naming the task.
     """
+    require_kind("fit", fit, Fit, "vm.fit(strategy, density, tasks) returns one")
     if draws is not None and draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
     if tasks is None and isinstance(fit.tasks, TaskSource):
@@ -135,11 +142,11 @@ def to_arviz(
     trained = tasks is None or tasks is fit.tasks
     wanted = {"posterior_predictive": predictive, "log_likelihood": log_likelihood}
     if draws is None:
-        draws = _default_draws(posterior, rows, sum(wanted.values()))
+        draws = _default_draws(posterior, rows, 2 * predictive + log_likelihood)
     with torch.no_grad():
         groups = _groups(fit, rows, posterior, trained, draws, seed, wanted)
         if single:
-            for name in {"posterior", "prior", *wanted} & set(groups):
+            for name in {"posterior", "prior", "prior_predictive", *wanted} & set(groups):
                 groups[name] = {n: (dims, _single(v)) for n, (dims, v) in groups[name].items()}
         query = tasks.query if tasks is not None and bool(tasks.is_query.any()) else None
         groups["shrinkage_data"] = _shrinkage(fit, rows, posterior, query)
@@ -235,7 +242,9 @@ def _groups(
     theta, shared = posterior.sample(draws, generator(seed, _SAMPLE, device=device))
     drawn = _drawn(density.constrain(theta), "task", chains=chains)
     drawn |= _shared(density, shared, draws, chains)
-    hyper, learned = _prior(fit, theta, chains, generator(seed, _PRIOR, device=device))
+    more = derived(density, theta, rows, shared)
+    drawn |= {n: _variable(n, v, *_DRAW, d, chains=chains) for n, (d, v) in more.items()}
+    hyper, learned, fresh = _prior(fit, theta, chains, generator(seed, _PRIOR, device=device))
     # What has no dimensions of draws would be in the way of `to_dataframe` in `sample_stats`.
     stats, adaptation = Variables(), _stats(fit, posterior, trained)
     constant = {"num_rows": _variable("num_rows", rows.num_rows, "task")}
@@ -250,21 +259,18 @@ def _groups(
         drawn |= hyper
         stats = _drawn({"diverging": fit.state.tensors["diverging"]}, chains=chains)
 
-    target = density.observed[0] if len(density.observed) == 1 else rows.target_name
-    predicted, nats = dict[str, Tensor](), dict[str, Tensor]()
+    predicted, before, nats = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
     if wanted["posterior_predictive"]:
-        noise = generator(seed, _PREDICT, device=device)
+        noise, other = (generator(seed, k, device=device) for k in (_PREDICT, _PRIOR_PREDICT))
         try:
-            predicted = _by_row(parts.predict(density, theta, rows, noise, shared), rows)
+            predicted = by_row(parts.predict(density, theta, rows, noise, shared), rows)
+            before = by_row(parts.predict(density, fresh[0], rows, other, fresh[1]), rows)
         except NotImplementedError as error:
             warnings.warn(
                 f"posterior_predictive is left out: {error}", RuntimeWarning, stacklevel=3
             )
-    if wanted["log_likelihood"] and density.joint:
-        nats = {target: parts.total_log_likelihood(density, theta, rows, shared)}
-    elif wanted["log_likelihood"]:
-        each = parts.log_likelihood(density, theta, rows, shared)
-        nats = _by_row(((part, {target: value}) for part, value in each), rows)
+    if wanted["log_likelihood"]:
+        nats = log_likelihoods(density, theta, rows, shared)
     if isinstance(posterior, Gaussian):
         summed = parts.total_log_likelihood(density, theta, rows, shared)
         log_p = summed + fit.prior.log_prob(theta)
@@ -274,9 +280,10 @@ def _groups(
         "posterior": drawn,
         "prior": {name: _as_in(drawn, name, variable) for name, variable in learned.items()},
         "posterior_predictive": _drawn(predicted, "row", chains=chains),
+        "prior_predictive": _drawn(before, "row", chains=chains),
         "log_likelihood": _drawn(nats, "task" if density.joint else "row", chains=chains),
         "observed_data": {
-            name: _variable(name, site.value[rows.mask], "row")
+            name: _variable(name, counted(site)[rows.mask], "row")
             for name, site in observed_data(density, rows).items()
         },
         "constant_data": constant,
@@ -292,20 +299,6 @@ def _default_draws(posterior: TaskPosterior, rows: Tasks, by_row: int) -> int:
     return min(_DRAWS, max(_FEWEST_DRAWS, _NUMBERS // numbers))
 
 
-def _by_row(
-    values: Iterable[tuple[parts.Part, Mapping[str, Tensor]]], rows: Tasks
-) -> dict[str, Tensor]:
-    """`[S, t, n, ...]` of parts, as `[S, rows, ...]` of the rows that exist, task after task."""
-    place = rows.mask.flatten().cumsum(0).reshape(rows.mask.shape) - 1
-    out: dict[str, Tensor] = {}
-    for part, found in values:
-        where = place[part.places]
-        for name, value in found.items():
-            shape = (len(value), int(rows.mask.sum()), *value.shape[3:])
-            out.setdefault(name, value.new_empty(shape))[:, where] = value[:, part.tasks.mask]
-    return out
-
-
 def _single(values: np.ndarray) -> np.ndarray:
     """`[chain, draw, ...]` in single precision, unless rounding would show in its spread."""
     if values.dtype != np.float64:
@@ -319,22 +312,27 @@ def _single(values: np.ndarray) -> np.ndarray:
 
 def _prior(
     fit: Fit, like: Tensor, chains: int, noise: torch.Generator
-) -> tuple[Variables, Variables]:
-    """θ0 and the standard deviations of Σ; φ and θ_i ~ N(θ0, Σ), as many draws as `like` has."""
+) -> tuple[Variables, Variables, tuple[Tensor, Tensor]]:
+    """θ0 and the standard deviations of Σ; θ_i ~ N(θ0, Σ), with φ; these two, as `sample` has them.
+
+    As many draws as `like` `[S, T, D]` has; of NUTS as many as were kept.
+    """
     density, prior, draws = fit.density, fit.prior, len(like)
     if not isinstance(fit.strategy, PyroNUTS):
         variance = prior.scale**2 + (0 if prior.factor is None else prior.factor.square().sum(-1))
         hyper = _hyper(density, prior.loc, variance.sqrt())
         theta = prior.sample(like.shape[:-1], noise)
         new = _drawn(density.constrain(theta), "task", chains=chains)
-        return hyper, new | _shared(density, fit.shared, draws, chains)
+        return hyper, new | _shared(density, fit.shared, draws, chains), (theta, fit.shared)
     kept, chains = fit.state.tensors, fit.strategy.chains
     loc, scale = kept["loc"], kept["log_scale"].exp()[:, prior.groups]
-    standard = torch.randn(like.shape, generator=noise, dtype=loc.dtype, device=loc.device)
+    shape = (len(loc), *like.shape[1:])
+    standard = torch.randn(shape, generator=noise, dtype=loc.dtype, device=loc.device)
     theta = loc[:, None] + scale[:, None] * standard
     hyper = _hyper(density, loc, scale, *_DRAW, chains=chains)
     new = _drawn(density.constrain(theta), "task", chains=chains)
-    return hyper, new | _shared(density, kept["shared"][:, None], len(loc), chains) | hyper
+    new |= _shared(density, kept["shared"][:, None], len(loc), chains)
+    return hyper, new | hyper, (theta, kept["shared"][:, None].expand(-1, like.shape[1], -1))
 
 
 def _as_in(posterior: Variables, name: str, variable: Variable) -> Variable:

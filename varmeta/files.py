@@ -234,12 +234,15 @@ def packed(content: Mapping[str, Any]) -> memoryview:
     return buffer.getbuffer()
 
 
-def load(path: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
+def load(
+    path: Path, kinds: Mapping[str, type], device: torch.device | str | None = None
+) -> dict[str, Any]:
     """What a file of `packed` bytes holds: tensors and numbers, never code.
 
     Args:
         path: the file.
         kinds: the keys that it must have, and of which type each is.
+        device: where its tensors go; None for where they were.
 
     Raises:
         BrokenFile: it cannot be read, or is empty, cut short, damaged or another program's.
@@ -255,7 +258,7 @@ def load(path: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
                 reason = "it is cut short or damaged"
             else:
                 file.seek(0)
-                saved: dict[str, Any] = torch.load(file, weights_only=True)
+                saved: dict[str, Any] = torch.load(file, device, weights_only=True)
                 wrong = [k for k, kind in kinds.items() if not isinstance(saved[k], kind)]
                 if not wrong:
                     return saved
@@ -266,7 +269,7 @@ def load(path: Path, kinds: Mapping[str, type]) -> dict[str, Any]:
         if isinstance(error, MemoryError) or "memory" in str(error):
             raise
         if "map_location" in str(error):
-            reason = "it was written on a device that is not here"
+            reason = "it was written on a device that is not here (a fit: vm.load(map_location=))"
         else:
             reason = "it holds something else than a run's state"
     raise BrokenFile(not_usable(path, reason))

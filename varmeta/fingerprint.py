@@ -75,6 +75,11 @@ def fingerprint(
     return found | _VERSIONS
 
 
+def fingerprint_of_model(density: Density) -> Fingerprint:
+    """Its part of a run's fingerprint: model, sites and versions."""
+    return _of_model(density) | _VERSIONS
+
+
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, str]:
     """The topics in which two fingerprints differ, each with how, in words.
 

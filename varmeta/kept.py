@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import fields
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
-
-from torch import Tensor
 
 from varmeta.digest import digest
 from varmeta.files import BrokenFile, load
 from varmeta.files import packed as as_file
 from varmeta.inference.fitted import Fit
 from varmeta.models.density import Density
+from varmeta.packing import packed, unpacked
 from varmeta.posterior import Delta, Draws, Gaussian, TaskPosterior
 from varmeta.runs import RunFolder
 from varmeta.scores import Score
@@ -57,10 +55,10 @@ class Kept:
             return value
         value = make()
         try:
-            packed = _packed(value)
+            plain = _packed(value)
         except TypeError:
             return value
-        self._run.write(file, as_file({"state": self._state, "value": packed}))
+        self._run.write(file, as_file({"state": self._state, "value": plain}))
         return value
 
     def _load(self, path: Path) -> Any:
@@ -79,32 +77,12 @@ def part_file(run: RunFolder, name: str, part: str) -> str:
 
 
 def _packed(value: Any) -> Any:
-    """As plain containers of tensors, numbers and texts.
-
-    Raises:
-        TypeError: there is something else in it.
-    """
-    if isinstance(value, (Tensor, str, int, type(None))):
-        return value
-    if isinstance(value, float):
-        return float(value)  # NumPy's own kind would not load
-    if isinstance(value, (list, tuple)):
-        return [_packed(item) for item in value]
-    if isinstance(value, Mapping):
-        return {str(key): _packed(item) for key, item in value.items()}
-    if type(value) not in _KINDS.values():
-        raise TypeError(type(value).__name__)
-    named = {f.name: getattr(value, f.name) for f in fields(value) if f.name != "density"}
-    return {"class": type(value).__name__, "fields": _packed(named)}
+    """As plain containers; a posterior without its density."""
+    return packed(value, _KINDS, "density")
 
 
 def _unpacked(value: Any, density: Density) -> Any:
-    if isinstance(value, list):
-        return tuple(_unpacked(item, density) for item in value)
-    if not isinstance(value, dict):
-        return value
-    if value.keys() != {"class", "fields"}:
-        return {key: _unpacked(item, density) for key, item in value.items()}
-    cls: Any = _KINDS[value["class"]]
-    given = _unpacked(value["fields"], density)
-    return cls(density=density, **given) if issubclass(cls, TaskPosterior) else cls(**given)
+    def make(kind: Any, given: dict[str, Any]) -> Any:
+        return kind(density=density, **given) if issubclass(kind, TaskPosterior) else kind(**given)
+
+    return unpacked(value, _KINDS, make)

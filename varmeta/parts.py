@@ -9,7 +9,7 @@ Tasks are taken by their length, so that a long one does not pad the short ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from varmeta.models.density import Density
+from varmeta.models.observed import derived_values
 from varmeta.tasks import Tasks
 
 AT_ONCE = 500_000  # numbers in a tensor of an evaluation: 4 MB, which a processor's cache can hold
@@ -88,7 +89,7 @@ def row_parts(tasks: Tasks, rows: int) -> Iterator[Part]:
 
 
 def log_likelihood(
-    density: Density, theta: Tensor, tasks: Tasks, shared: Tensor
+    density: Density, theta: Tensor, tasks: Tasks, shared: Tensor, site: str | None = None
 ) -> Iterator[tuple[Part, Tensor]]:
     """`density.log_likelihood` of all draws, some rows at a time: `[S, t, n]` nats each, detached.
 
@@ -97,25 +98,28 @@ def log_likelihood(
         theta: `[S, T, D]`.
         tasks: T tasks.
         shared: φ, `[P]` or `[S, T, P]`.
+        site: one observed site alone; all of them if None.
     """
     numbers = _numbers_per_row(density, theta, tasks, shared)
     for part in row_parts(tasks, _least(density, tasks, AT_ONCE // max(len(theta), numbers))):
         each = numbers * part.tasks.mask.numel()
         with torch.no_grad():
             nats = [
-                density.log_likelihood(some, part.tasks, phi)
+                density.log_likelihood(some, part.tasks, phi, site=site)
                 for some, phi in _drawn(theta, shared, part, each, AT_ONCE)
             ]
         yield part, torch.cat(nats) if len(nats) > 1 else nats[0]
 
 
-def total_log_likelihood(density: Density, theta: Tensor, tasks: Tasks, shared: Tensor) -> Tensor:
+def total_log_likelihood(
+    density: Density, theta: Tensor, tasks: Tasks, shared: Tensor, site: str | None = None
+) -> Tensor:
     """log p(y_i | θ_i, φ), the sum over a task's rows: `[S, T, D]` to `[S, T]` nats.
 
     Arguments are those of `log_likelihood`.
     """
     total = theta.new_zeros(theta.shape[:-1])
-    for part, nats in log_likelihood(density, theta, tasks, shared):
+    for part, nats in log_likelihood(density, theta, tasks, shared, site):
         total[:, part.index] += nats @ nats.new_ones(nats.shape[-1])  # faster than a short sum
     return total
 
@@ -127,14 +131,49 @@ def predict(
 
     Arguments are those of `log_likelihood`, and where the random numbers come from.
     """
+
+    def drawn(theta: Tensor, tasks: Tasks, shared: Tensor) -> dict[str, Tensor]:
+        return density.predict(theta, tasks, generator, shared)
+
+    yield from _each(drawn, density, theta, tasks, shared)
+
+
+def derived(
+    density: Density,
+    sites: Mapping[str, int | None],
+    theta: Tensor,
+    tasks: Tasks,
+    shared: Tensor,
+) -> Iterator[tuple[Part, dict[str, Tensor]]]:
+    """`pyro.deterministic` sites of the model, some rows at a time.
+
+    Those with a value for each row are `[S, t, n, ...]`, others `[S, t, ...]`. Arguments are those
+    of `log_likelihood`, and what `varmeta.models.observed.derived_sites` found.
+    """
+
+    def values(theta: Tensor, tasks: Tasks, shared: Tensor) -> dict[str, Tensor]:
+        return derived_values(density, sites, theta, tasks, shared)
+
+    if sites:
+        yield from _each(values, density, theta, tasks, shared)
+
+
+def _each(
+    function: Callable[[Tensor, Tasks, Tensor], dict[str, Tensor]],
+    density: Density,
+    theta: Tensor,
+    tasks: Tasks,
+    shared: Tensor,
+) -> Iterator[tuple[Part, dict[str, Tensor]]]:
+    """`function` of all draws, some rows at a time, in parts that may be kept."""
     numbers = _numbers_per_row(density, theta, tasks, shared)
     for part in row_parts(tasks, _least(density, tasks, LARGEST // max(len(theta), numbers))):
         each = numbers * part.tasks.mask.numel()
-        draws = [
-            density.predict(some, part.tasks, generator, phi)
+        found = [
+            function(some, part.tasks, phi)
             for some, phi in _drawn(theta, shared, part, each, LARGEST)
         ]
-        yield part, {name: torch.cat([d[name] for d in draws]) for name in density.observed}
+        yield part, {name: torch.cat([f[name] for f in found]) for name in found[0]}
 
 
 def _least(density: Density, tasks: Tasks, rows: int) -> int:

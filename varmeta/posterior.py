@@ -12,9 +12,13 @@ import torch
 from torch import Tensor
 
 from varmeta import parts
+from varmeta.checked import require_kind
 from varmeta.models.density import Density
+from varmeta.seeds import generator as seeded
 from varmeta.seeds import global_rng
-from varmeta.tasks import Tasks
+from varmeta.tasks import HOW_TASKS, Tasks
+
+DRAWS = 1000  # of a prediction, where nobody says how many
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +38,7 @@ class Block:
     shared: Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TaskPosterior(ABC):
     """q_i(θ_i) for T tasks over flat unconstrained parameters, with the shared φ.
 
@@ -108,18 +112,58 @@ class TaskPosterior(ABC):
             places = places.nonzero()[:, 0]
         return replace(self, **self._taken(places.long()))
 
-    def log_predictive(self, tasks: Tasks, count: int, generator: torch.Generator) -> Tensor:
+    def of(self, tasks: Tasks) -> Self:
+        """The posterior of these tasks, matched by name: some of its own, in any order.
+
+        Raises:
+            TypeError: tasks that are no `Tasks`.
+            ValueError: a task that it is not of.
+        """
+        require_kind("tasks", tasks, Tasks, HOW_TASKS)
+        if tasks.names == self.names:
+            return self
+        place = {name: k for k, name in enumerate(self.names)}
+        unknown = [name for name in tasks.names if name not in place]
+        if unknown:
+            more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+            raise ValueError(
+                f"tasks: this posterior is of {_some(self.names)} and not of {unknown[0]!r}{more}. "
+                "Tasks are matched by name. Use fit.adapt(tasks), with rows whose targets are "
+                "known, for the posterior of new tasks, and fit.unseen(names) for tasks without "
+                "any; fit.predict(data) does both"
+            )
+        return self.select([place[name] for name in tasks.names])
+
+    def log_predictive(
+        self,
+        tasks: Tasks,
+        count: int = DRAWS,
+        generator: torch.Generator | None = None,
+        *,
+        site: str | None = None,
+    ) -> Tensor:
         """log p(y_n | posterior) of every row, nats: `[T, N]`, averaged over `count` draws.
 
         0 where a row is padding. Memory is bounded by `varmeta.parts`. Where all rows of a task are
         one draw (`density.joint`), log p(y | posterior) of a task, in equal parts.
+
+        Args:
+            tasks: some of the posterior's tasks in any order, matched by name, with any rows.
+            count: number of draws.
+            generator: where the random numbers come from; that of seed 0 if None.
+            site: one of several observed sites alone; all of them together if None.
+
+        Raises:
+            TypeError: tasks that are no `Tasks`.
+            ValueError: a task that the posterior is not of, or rows of another shape.
         """
+        posterior, noise = self.of(tasks), self._noise(count, generator)
         total = torch.zeros(tasks.mask.shape, dtype=self.mean.dtype, device=tasks.mask.device)
         with torch.no_grad():
-            for block in self.blocks(count, generator):
+            for block in posterior.blocks(count, noise):
                 some = parts.tasks_at(tasks, block.tasks)
                 drawn = block.theta, some, block.shared
-                for part, nats in parts.log_likelihood(self.density, *drawn):
+                for part, nats in parts.log_likelihood(self.density, *drawn, site):
                     rows = 1
                     if self.density.joint:  # the mean over draws is of a task's density
                         rows = nats.shape[-1]
@@ -128,24 +172,56 @@ class TaskPosterior(ABC):
                     part.put(total[block.tasks], mean / rows)
         return total
 
-    def predict(self, tasks: Tasks, count: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """`count` draws of the targets: `{observed site: [count, T, N, *target_shape]}`."""
-        theta, shared = self.sample(count, generator)
-        return self.density.predict(theta, tasks, generator, shared)
+    def predict(
+        self, tasks: Tasks, count: int = DRAWS, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """`count` draws of the targets: `{observed site: [count, T, N, *target_shape]}`.
+
+        The targets that `tasks` holds are not looked at. Rows of padding hold draws too; mask them
+        with `tasks.mask`. `fit.predict` gives means, standard deviations and quantiles, also of new
+        tasks. Arguments and errors are those of `log_predictive`.
+
+        Raises:
+            NotImplementedError: the model's law cannot be drawn from.
+        """
+        posterior, noise = self.of(tasks), self._noise(count, generator)
+        theta, shared = posterior.sample(count, noise)
+        return self.density.predict(theta, tasks, noise, shared)
 
     def predictions(
-        self, tasks: Tasks, count: int, generator: torch.Generator
+        self, tasks: Tasks, count: int = DRAWS, generator: torch.Generator | None = None
     ) -> Iterator[tuple[Tasks, dict[str, Tensor]]]:
         """`predict`, some rows of some tasks at a time: these, and the draws of their targets.
 
         Memory is bounded by `varmeta.parts`. Where that holds all of them, they are those of
         `predict`; beyond, other ones of the same law.
         """
-        for block in self.blocks(count, generator):
+        posterior, noise = self.of(tasks), self._noise(count, generator)
+        for block in posterior.blocks(count, noise):
             some = parts.tasks_at(tasks, block.tasks)
-            drawn = block.theta, some, generator, block.shared
+            drawn = block.theta, some, noise, block.shared
             for part, values in parts.predict(self.density, *drawn):
                 yield part.tasks, values
+
+    def __repr__(self) -> str:
+        numbers = f"{self.mean.shape[-1]} coordinates"
+        if isinstance(self, Draws):
+            numbers = f"{len(self.draws)} draws of {numbers}"
+        return (
+            f"{type(self).__name__}({self.kind} posterior of {_some(self.names)}: {numbers} each; "
+            "see mean, sd, sample, predict)"
+        )
+
+    def _noise(self, count: int, generator: torch.Generator | None) -> torch.Generator:
+        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+            raise ValueError(f"count must be a number of draws, at least 1, got {count!r}")
+        require_kind(
+            "generator",
+            generator,
+            (torch.Generator, type(None)),
+            "give torch.Generator().manual_seed(0), or leave it out for that",
+        )
+        return seeded(0, device=self.shared.device) if generator is None else generator
 
     def _prepared(self, count: int, generator: torch.Generator) -> TaskPosterior:
         """Of which all tasks' draws are made, after what is drawn for all of them together."""
@@ -163,7 +239,7 @@ class TaskPosterior(ABC):
         return ValueError(f"a {self.kind} posterior has no density; use sample, mean or sd")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Delta(TaskPosterior):
     """A point per task. `loc`: `[T, D]`."""
 
@@ -189,9 +265,16 @@ class Delta(TaskPosterior):
     def _draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         return self.loc.expand(count, *self.loc.shape), self.shared
 
-    def log_predictive(self, tasks: Tasks, count: int, generator: torch.Generator) -> Tensor:
+    def log_predictive(
+        self,
+        tasks: Tasks,
+        count: int = DRAWS,
+        generator: torch.Generator | None = None,
+        *,
+        site: str | None = None,
+    ) -> Tensor:
         """log p(y_n | θ_i, φ) of every row, nats: `[T, N]`; all draws are alike."""
-        return super().log_predictive(tasks, 1, generator)
+        return super().log_predictive(tasks, 1, generator, site=site)
 
     def log_prob(self, theta: Tensor) -> Tensor:
         """Raises: a delta has no density."""
@@ -201,7 +284,7 @@ class Delta(TaskPosterior):
         return {**super()._taken(index), "loc": self.loc[index]}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Gaussian(TaskPosterior):
     """N(loc, S) per task: S = L Lᵀ, or diag(sd²) + factor factorᵀ.
 
@@ -285,7 +368,7 @@ class Gaussian(TaskPosterior):
         return taken if self.factor is None else {**taken, "factor": self.factor[index]}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Draws(TaskPosterior):
     """Draws of each task. `draws`: `[S, T, D]`, chain after chain; `num_chains` divides S."""
 
@@ -337,3 +420,10 @@ class Draws(TaskPosterior):
 
     def _taken(self, index: Tensor) -> dict[str, Any]:
         return {**super()._taken(index), "draws": self.draws[:, index]}
+
+
+def _some(names: tuple[str, ...]) -> str:
+    """How many tasks, with the first names."""
+    if len(names) == 1:
+        return f"task {names[0]!r}"
+    return f"{len(names)} tasks ({', '.join(map(repr, names[:3]))}{', …' * (len(names) > 3)})"

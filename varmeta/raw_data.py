@@ -2,33 +2,107 @@
 
 from __future__ import annotations
 
-import codecs
-import gzip
-import io
-import math
-import re
-import zlib
-from collections.abc import Callable, Sequence
-from decimal import Decimal
-from numbers import Real
-from os import PathLike
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-_MISSING = {"", "na", "n/a", "nan", "null", "none", "-", "--", ".", "?", "missing"}
-_BOMS = {
-    codecs.BOM_UTF8: "utf-8-sig",
-    codecs.BOM_UTF32_LE: "utf-32",  # before that of UTF-16, which it begins with
-    codecs.BOM_UTF32_BE: "utf-32",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
+from varmeta.checked import nearest
+from varmeta.columns import Place, is_missing, why_bad
+
 _MOST_EXACT = 2.0**53  # whole numbers beyond it share a float
+_SHOWN = 5  # rows that are named
+
+Missing = Literal["error", "drop"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A data frame whose rows are known by where they come from.
+
+    Attributes:
+        frame: the rows, numbered from 0.
+        rows: `[n]` int, the number of each in the data it comes from.
+        first_line: line of the file where row 0 of these data stands; None where none is known.
+        doubtful: by column, the row of a number that can be read in two ways.
+    """
+
+    frame: pd.DataFrame
+    rows: np.ndarray
+    first_line: int | None = None
+    doubtful: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, frame: pd.DataFrame, first_line: int | None = None) -> Table:
+        """All rows of a frame, whatever its index."""
+        if len(frame) == 0:
+            raise ValueError("frame has no rows")
+        return cls(frame.reset_index(drop=True), np.arange(len(frame)), first_line)
+
+    def place(self, row: int) -> str:
+        """Where a row is, in words."""
+        where = int(self.rows[row])
+        return f"row {where}" if self.first_line is None else f"line {where + self.first_line}"
+
+    def take(self, keep: np.ndarray) -> Table:
+        """The rows where `keep` is True."""
+        return Table(self.frame[keep].reset_index(drop=True), self.rows[keep], self.first_line)
+
+    def having(self, columns: Iterable[str]) -> np.ndarray:
+        """`[n]` bool: which rows have a value in each of these columns."""
+        found = np.ones(len(self.rows), dtype=bool)
+        for name in columns:
+            found &= ~is_missing(self.frame[name])
+        return found
+
+    def complete(
+        self, columns: Sequence[str], missing: Missing, names: Iterable[str] = ()
+    ) -> tuple[Table, str]:
+        """The rows with a value in each of these columns, and a sentence on the others, if any.
+
+        Args:
+            columns: of inputs and target.
+            missing: what to do with the other rows.
+            names: columns of names, in which 'NA' is one; who reads them refuses an empty one.
+
+        Raises:
+            ValueError: a row without, unless `missing` is `"drop"`; no row with.
+        """
+        if missing not in get_args(Missing):
+            raise ValueError(f"missing must be 'error' or 'drop', got {missing!r}")
+        for name in columns:
+            if name in self.doubtful:
+                row = self.doubtful[name]
+                raise ValueError(
+                    f"column {name!r} holds {self.frame[name].iloc[row]!r} in {self.place(row)}, "
+                    "which may be a thousand and more, or a few and some thousandths; write "
+                    "numbers with a decimal point and no separators of thousands, as 1234.5"
+                )
+        gaps = {name: is_missing(self.frame[name]) for name in dict.fromkeys(columns)}
+        if missing == "drop":
+            gaps |= {name: is_empty(self.frame[name]) for name in names}
+        gaps = {name: gap for name, gap in gaps.items() if gap.any()}
+        if not gaps:
+            return self, ""
+        if missing != "drop":
+            name, gap = next(iter(gaps.items()))
+            raise why_bad(self.frame[name], int(gap.argmax()), self.place, int(gap.sum()))
+        keep = ~np.logical_or.reduce(list(gaps.values()))
+        if not keep.any():
+            counts = ", ".join(f"{name!r} in {int(gap.sum())}" for name, gap in gaps.items())
+            raise ValueError(f"all {len(keep)} rows have a missing value: {counts}; none is left")
+        said = f"{int((~keep).sum())} of {len(keep)} rows are left out, since a value is missing: "
+        return self.take(keep), said + "; ".join(self._gap(n, g) for n, g in gaps.items())
+
+    def _gap(self, name: str, gap: np.ndarray) -> str:
+        rows = [self.place(int(row)) for row in np.flatnonzero(gap)[:_SHOWN]]
+        kind, numbers = rows[0].split()[0], [row.split()[1] for row in rows]
+        shown = ", ".join(numbers) + ", …" * (int(gap.sum()) > _SHOWN)
+        return f"{name!r} in {int(gap.sum())} ({kind}{'s' * (len(rows) > 1)} {shown})"
 
 
 def pad(rows: Tensor, width: int) -> Tensor:
@@ -52,115 +126,58 @@ def check_pair(label: str, x: Tensor, y: Tensor, first_x: Tensor, first_y: Tenso
                 f"{value.dtype}, the first task {tuple(first.shape[1:])} and {first.dtype}; "
                 "wanted the same for all tasks"
             )
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            row = int((~value.isfinite()).nonzero()[0, 0])
+        if not value.is_floating_point():
+            continue
+        bad = (
+            value.isinf() if name == "y" else ~value.isfinite()
+        )  # y may be what is to be predicted
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0, 0])
+            what = "infinity" if name == "y" else "NaN or infinity"
             raise ValueError(
-                f"task {label!r}: {name} holds NaN or infinity in row {row}; drop or fill that row"
+                f"task {label!r}: {name} holds {what} in row {row}; drop or fill that row"
             )
 
 
-def read_csv(path: str | PathLike[str]) -> tuple[pd.DataFrame, int | None]:
-    """A CSV file as text, cell by cell, and the line of its first row (None where rows span lines).
+def check_columns(
+    frame: pd.DataFrame, uses: Mapping[str, Sequence[str]], *, apart: bool = True
+) -> None:
+    """Raise a ValueError unless each named column is there once, and has one use if `apart`.
 
-    UTF-8, or whatever its byte order mark says; a file that gzip packed is unpacked.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is no CSV file with a header and rows; with what is wrong and what to do.
+    Args:
+        frame: the data.
+        uses: columns, by the argument that names them.
+        apart: whether two uses of a column are a mistake.
     """
-    name = str(path)
-    if not Path(path).is_file():
-        kind = "is a folder" if Path(path).is_dir() else "does not exist"
-        raise FileNotFoundError(f"path: {name!r} {kind}; give a CSV file")
-    text = _decoded(Path(path).read_bytes(), name).replace("\r\n", "\n").replace("\r", "\n")
-    if not text.strip():
-        raise ValueError(f"{name!r} is empty; wanted a line of column names, then rows")
-    try:
-        cells = pd.read_csv(
-            io.StringIO(text), header=None, dtype=str, keep_default_na=False, na_filter=False
-        )
-    except pd.errors.ParserError as error:
-        said = str(error).strip().removeprefix("Error tokenizing data. C error: ")
-        first = text.lstrip().split("\n", 1)[0]
-        raise ValueError(
-            f"{name!r} is no CSV file: {said}. Give every line as many values as the first, "
-            'separated by commas, and quote those that hold a comma: "a, b"'
-            + ("" if "," in first else _other_separator(first))
-        ) from None
-    header = [str(cell).strip() for cell in cells.iloc[0]]
-    if len(cells) == 1:
-        raise ValueError(
-            f"{name!r} has no rows below its first line, {', '.join(header)!r}; wanted a line of "
-            "column names, then rows"
-        )
-    frame = cells.iloc[1:].reset_index(drop=True)
-    frame.columns = pd.Index(header)
-    return frame, 2 if text.rstrip("\n").count("\n") + 1 == len(cells) else None
-
-
-def _decoded(data: bytes, name: str) -> str:
-    if data[:2] == b"\x1f\x8b":
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{name!r} is packed by gzip and broken: {error}") from None
-    encoding = next((e for mark, e in _BOMS.items() if data.startswith(mark)), "utf-8")
-    try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ValueError(
-            f"{name!r} is not written in {encoding.upper()}: line {line} has the byte "
-            f"0x{data[error.start]:02x}; save it as UTF-8 (or read it with "
-            "pandas.read_csv(..., encoding=...) and use Tasks.from_frame)"
-        ) from None
-    if "\0" in text:
-        raise ValueError(f"{name!r} holds NUL characters and is no text file; save it as UTF-8 CSV")
-    return text
-
-
-def _other_separator(line: str) -> str:
-    """What to do with a first line that has another separator than commas; '' if it has none."""
-    found = next((mark for mark in (";", "\t", "|") if mark in line), None)
-    if found is None:
-        return ""
-    return (
-        f". The columns seem to be separated by {found!r}: save the file with commas and decimal "
-        f"points, or use Tasks.from_frame(pandas.read_csv(..., sep={found!r}), ...)"
-    )
-
-
-def check_columns(frame: pd.DataFrame, task: str, inputs: Sequence[str], target: str) -> None:
-    """Raise a ValueError unless each named column is there once, and has one use."""
     have = [str(column) for column in frame.columns]
-    uses: dict[str, str] = {}
-    for argument, columns in (("task", [task]), ("target", [target]), ("inputs", inputs)):
+    found: dict[str, str] = {}
+    for argument, columns in uses.items():
         for column in columns:
             count = list(frame.columns).count(column)
             if count != 1:
                 number = "no column" if count == 0 else f"{count} columns"
-                remedy = _other_separator(have[0]) if len(have) == 1 else ""
                 raise ValueError(
-                    f"{argument}: {number} {column!r}; the data have: {', '.join(have)}{remedy}"
+                    f"{argument}: {number} {column!r}; the data have: {', '.join(have)}"
+                    + nearest(str(column), have) * (count == 0)
                 )
-            if column in uses:
-                twice = "named twice" if uses[column] == argument else f"the {uses[column]} too"
+            if apart and column in found:
+                twice = "named twice" if found[column] == argument else f"the {found[column]} too"
                 raise ValueError(
                     f"{argument}: column {column!r} is {twice}; give each column one use"
                 )
-            uses[column] = argument
+            found[column] = argument
 
 
-def task_labels(column: pd.Series, place: Callable[[int], str]) -> tuple[np.ndarray, list[str]]:
+def task_labels(column: pd.Series, place: Place) -> tuple[np.ndarray, list[str]]:
     """The number of each row's task, and the tasks' names in order of appearance.
 
     Raises:
         ValueError: a row without a task; names that a float cannot hold, or that look alike.
     """
     name = column.name
-    empty = column.isna() | (column == "")
+    empty = is_empty(column)
     if empty.any():
-        row = int(np.flatnonzero(empty)[0])
+        row = int(empty.argmax())
         raise ValueError(f"task: column {name!r} is empty in {place(row)}; drop or fill that row")
     if pd.api.types.is_float_dtype(column) and bool((column.abs() >= _MOST_EXACT).any()):
         raise ValueError(
@@ -180,56 +197,7 @@ def task_labels(column: pd.Series, place: Callable[[int], str]) -> tuple[np.ndar
     return codes, labels
 
 
-def numeric(frame: pd.DataFrame, columns: Sequence[str], place: Callable[[int], str]) -> np.ndarray:
-    """The columns as a float64 array; `place` says where a row is.
-
-    Raises:
-        ValueError: with the column, the row and the value that is no finite number.
-    """
-    values = np.empty((len(frame), len(columns)))
-    for k, name in enumerate(columns):
-        values[:, k] = _numbers(frame[name])
-        bad = np.flatnonzero(~np.isfinite(values[:, k]))
-        if len(bad):
-            row = int(bad[0])
-            count = "" if len(bad) == 1 else f" ({len(bad)} rows in all)"
-            shown, why, remedy = _why(frame[name].iloc[row])
-            raise ValueError(
-                f"column {name!r} holds {shown} in {place(row)}, which is {why}{count}; {remedy}"
-            )
-    return values
-
-
-def _numbers(column: pd.Series) -> np.ndarray:
-    """As floats; NaN where a value is none."""
-    kind = pd.api.types
-    if kind.is_numeric_dtype(column) and not kind.is_complex_dtype(column):
-        return column.to_numpy(dtype=float, na_value=np.nan)
-    plain = column
-    if not isinstance(column.dtype, pd.StringDtype):  # of objects, only what is meant as a number
-        plain = column.astype(object)
-        plain = plain.where(plain.map(lambda v: isinstance(v, (str, Real, Decimal))), None)
-    found = np.asarray(pd.to_numeric(plain, errors="coerce"), dtype=float)
-    if np.isnan(found).all():  # a column of truths alone
-        truths = plain.map(lambda v: {"true": 1.0, "false": 0.0}.get(str(v).strip().lower()))
-        if not truths.isna().any():
-            return truths.to_numpy(dtype=float)
+def is_empty(column: pd.Series) -> np.ndarray:
+    """`[rows]` bool: where a column of names has none."""
+    found: np.ndarray = (column.isna() | (column == "")).to_numpy(dtype=bool)
     return found
-
-
-def _why(value: Any) -> tuple[str, str, str]:
-    """A value that is no finite number, why it is none, and what mends it."""
-    text = value.strip().lower() if isinstance(value, str) else ""
-    shown = repr(value) if isinstance(value, str) else str(value)
-    if text in _MISSING if isinstance(value, str) else pd.isna(value) is True or value is pd.NA:
-        return shown, "a missing value", "drop or fill such rows"
-    try:
-        infinite = isinstance(value, (str, Real, Decimal)) and math.isinf(float(text or value))
-    except (TypeError, ValueError):
-        infinite = False
-    if infinite:
-        return shown, "infinite", "drop or fill such rows"
-    if re.fullmatch(r"[-+]?\d[\d.,' \u00a0\u202f]*", text):
-        plain = "write numbers with a decimal point and no separators of thousands, as 1234.5"
-        return shown, "no number", plain
-    return shown, "no number", "encode it as numbers, or drop such rows"

@@ -22,6 +22,8 @@ from varmeta.files import (
 )
 from varmeta.fingerprint import differences, in_words
 
+DATA_FILE = "data.pt"  # what all strategies of a run have in common, and the settings of each
+MODEL_PLACE = "model"  # the key of `RunFolder.say` for where the model is
 _MANIFEST = "run.json"
 _ASIDE = "replacement"  # the folder within a run's in which the run that is to replace it grows
 _KINDS = {"finished": bool, "settings": dict, "files": list}
@@ -30,7 +32,8 @@ _KINDS = {"finished": bool, "settings": dict, "files": list}
 class RunFolder:
     """A folder that one comparison writes into.
 
-    `run.json` in it says what the run is, which files it wrote and whether it is finished. A run
+    `run.json` in it says what the run is, which files it wrote, whether it is finished, and as
+    `design` how its table was coded (`varmeta.design.Design.from_json`). A run
     in which a strategy failed is not: under the same settings it goes on with those that failed.
     `run_folder` opens one, and keeps other processes out.
 
@@ -134,6 +137,12 @@ class RunFolder:
         if self._manifest["files"] != before:
             self._save()
 
+    def say(self, key: str, said: Any) -> None:
+        """Note plain values about the run, which do not identify it, in `run.json`."""
+        if self._manifest.get(key) != said:
+            self._manifest[key] = said
+            self._save()
+
     def finish(self) -> None:
         """Mark the run as finished: the same call is refused from now on."""
         self._manifest["finished"] = True
@@ -177,6 +186,18 @@ def run_folder(
     require_writable(folder / _MANIFEST, "folder")
     with locked(folder / _MANIFEST, f"folder {str(folder)!r}"):
         yield RunFolder(folder, settings, names, overwrite=overwrite)
+
+
+def said(folder: Path, key: str) -> str:
+    """What `RunFolder.say` noted of the run in a folder; '' for nothing.
+
+    Raises:
+        BrokenFile: the folder holds no run.
+    """
+    found = _read(folder)
+    if found is None:
+        raise BrokenFile(f"{folder} holds no run of varmeta; give a folder that compare wrote")
+    return str(found.get(key, ""))
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

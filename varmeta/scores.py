@@ -13,7 +13,7 @@ from torch import Tensor
 from varmeta.importance import MIN_DRAWS, evidence
 from varmeta.inference.diagnostics import undetermined_of
 from varmeta.inference.fitted import Fit
-from varmeta.models.observed import observed_data
+from varmeta.models.observed import observed_data, predicted_sites
 from varmeta.posterior import Gaussian, TaskPosterior
 from varmeta.seeds import generator
 from varmeta.tasks import Tasks
@@ -117,6 +117,8 @@ def score(outcome: Outcome, which: str, tasks: Tasks, draws: int, seed: int) -> 
         _check_finite(real, tasks.names, "the log density of held-out rows")
         row["elpd"], row["elpd_se"] = _per_row(lpd, held_out)
         row["rmse"], row["coverage"] = _accuracy(posterior, held_out, draws, seed)
+        if len(fit.density.observed) > 1:
+            row |= _by_site(posterior, held_out, draws, seed)
     return Score(row, lpd)
 
 
@@ -207,33 +209,74 @@ def _per_row(values: Tensor, tasks: Tasks) -> tuple[float, float]:
 def _accuracy(posterior: TaskPosterior, tasks: Tasks, draws: int, seed: int) -> tuple[float, float]:
     """RMSE of the predictive mean and coverage of the central 90% interval, as the model sees y.
 
-    NaN for classes without an order, for several observed sites, and for a law without a sampler.
+    NaN for classes without an order, and for a law without a sampler. Of several observed sites the
+    coverage is that of all their entries together, and the RMSE NaN, as units may differ.
     """
-    nothing, density = (float("nan"), float("nan")), posterior.density
-    observed = list(observed_data(density, tasks.select([0])).values())
-    if len(observed) > 1 or observed[0].nominal:
-        return nothing
-    source = generator(seed, 1, device=tasks.mask.device)
-    squares, inside, count = 0.0, 0, 0
+    found = _tallies(posterior, tasks, draws, seed)
+    rmse = next(iter(found.values())).rmse if len(found) == 1 else float("nan")
+    inside, count = (sum(getattr(t, n) for t in found.values()) for n in ("inside", "count"))
+    return rmse, inside / count if count else float("nan")
+
+
+def _by_site(posterior: TaskPosterior, tasks: Tasks, draws: int, seed: int) -> dict[str, object]:
+    """Of several observed sites, each by itself: log density per row, RMSE and coverage."""
+    density, found = posterior.density, _tallies(posterior, tasks, draws, seed)
+    out: dict[str, object] = {}
+    for name in density.observed:
+        source = generator(seed, 0, device=tasks.mask.device)
+        lpd = posterior.log_predictive(tasks, draws, source, site=name)
+        tally = found.get(name, _Tally())
+        out[f"elpd[{name}]"] = _per_row(lpd, tasks)[0]
+        out[f"rmse[{name}]"], out[f"coverage[{name}]"] = tally.rmse, tally.coverage
+    return out
+
+
+@dataclass
+class _Tally:
+    """Sums over the entries of an observed site that its law is asked about."""
+
+    squares: float = 0.0
+    inside: int = 0
+    count: int = 0
+
+    @property
+    def rmse(self) -> float:
+        return (self.squares / self.count) ** 0.5 if self.count else float("nan")
+
+    @property
+    def coverage(self) -> float:
+        return self.inside / self.count if self.count else float("nan")
+
+    def add(self, values: np.ndarray, truth: np.ndarray) -> None:
+        """Draws `[S, n]` and what was observed, `[n]`."""
+        if not truth.size:
+            return
+        low, high = np.quantile(values, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], axis=0)
+        with np.errstate(over="ignore"):  # infinitely far off is far off
+            self.squares += float(np.square(values.mean(0) - truth).sum())
+        self.inside += int(((truth >= low) & (truth <= high)).sum())
+        self.count += truth.size
+
+
+def _tallies(posterior: TaskPosterior, tasks: Tasks, draws: int, seed: int) -> dict[str, _Tally]:
+    """By observed site, of those whose values have distances."""
+    source, found = generator(seed, 1, device=tasks.mask.device), dict[str, _Tally]()
+    density, names = posterior.density, set[str]()
     try:
+        names = set(predicted_sites(density, tasks))
         for part, predicted in posterior.predictions(tasks, draws, source):
-            ((name, site),) = observed_data(density, part).items()
-            values = predicted[name][:, part.mask].double().cpu().numpy()
-            truth = site.value[part.mask].double().cpu().numpy()
-            if values.shape[1:] != truth.shape:  # a factor, say, that draws nothing
-                return nothing
-            seen = np.isfinite(truth)  # a law may leave out what is missing
-            truth, values = truth[seen], values[:, seen]
-            if not truth.size:
-                continue
-            low, high = np.quantile(values, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2], axis=0)
-            with np.errstate(over="ignore"):  # infinitely far off is far off
-                squares += float(np.square(values.mean(0) - truth).sum())
-            inside += int(((truth >= low) & (truth <= high)).sum())
-            count += truth.size
+            for name, site in observed_data(density, part).items():
+                if name not in names:
+                    continue
+                values = predicted[name][:, part.mask].double().cpu().numpy()
+                truth = site.value[part.mask].double().cpu().numpy()
+                if site.nominal or values.shape[1:] != truth.shape:  # a factor that draws nothing
+                    continue
+                seen = site.seen[part.mask].cpu().numpy()
+                found.setdefault(name, _Tally()).add(values[:, seen], truth[seen])
     except NotImplementedError:
-        return nothing
-    return ((squares / count) ** 0.5, inside / count) if count else nothing
+        return {}
+    return found
 
 
 def _worst_k(result: Fit, posterior: TaskPosterior, tasks: Tasks, draws: int, seed: int) -> float:

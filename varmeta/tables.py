@@ -50,6 +50,9 @@ def rich_table(table: pd.DataFrame, which: str) -> RenderableType:
         body.append(_scores(scored, width))
     if len(failed):
         body.append(_failed(failed, width))
+    sites = [name[5:-1] for name in table.columns if name.startswith("elpd[")]
+    if len(scored) and sites:
+        body += [Text("each observed site by itself", style="italic"), _apart(scored, sites, width)]
     if len(scored) and which == list(table["set"].unique())[-1]:  # said once, below the last
         body.append(Text("\n" * (len(failed) > 0) + _CAPTION, style="dim italic"))
     return Group(*body, "")
@@ -80,6 +83,23 @@ def _scores(part: pd.DataFrame, width: int) -> Table:
             "reference" if reference else _number(row["mean_shift"], ".2f"),
             "" if reference else _number(row["sd_ratio"], ".2f"),
         )
+    return out
+
+
+def _apart(part: pd.DataFrame, sites: list[str], width: int) -> Table:
+    """Of a model with several observed sites."""
+    out = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    out.add_column("strategy", min_width=width)
+    for name in sites:
+        for heading in (f"{name}\nlog density", "RMSE", "90%\ncover"):
+            out.add_column(Text(heading), justify="right", no_wrap=True)
+    for row in part.to_dict("records"):
+        numbers = [
+            _number(row[f"{what}[{name}]"], form)
+            for name in sites
+            for what, form in (("elpd", ".3f"), ("rmse", ".3g"), ("coverage", ".2f"))
+        ]
+        out.add_row(Text(str(row["strategy"])), *numbers)
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,11 +14,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from varmeta.csv_files import read_csv
+from varmeta.design import Design, Rows
 from varmeta.digest import digests_of
 from varmeta.pickling import require_picklable
-from varmeta.raw_data import check_columns, check_pair, numeric, pad, read_csv, task_labels
+from varmeta.raw_data import Missing, Table, check_pair, pad
 from varmeta.seeds import generator
 
+_log = logging.getLogger("varmeta")
 # What a message says to those who give something else in place of tasks.
 HOW_TASKS = "make them by vm.Tasks.from_frame(frame, task=..., inputs=[...], target=...)"
 
@@ -44,6 +48,7 @@ class Tasks:
         is_split: whether there are a support and a query part. So it is when `is_query` holds a
             True; tasks selected from split ones stay split though none has a query row.
         first_line: line of the file where row 0 stands, for messages; None where none is known.
+        design: how they were made of a table; `from_frame(new, design=tasks.design)` makes others.
 
     Raises:
         ValueError: shapes that do not fit together, repeated names, no tasks.
@@ -60,6 +65,7 @@ class Tasks:
     row_ids: Tensor | None = None
     is_split: bool = False
     first_line: int | None = None
+    design: Design | None = None
 
     def __post_init__(self) -> None:
         rows = tuple(self.mask.shape)
@@ -99,7 +105,8 @@ class Tasks:
     ) -> Tasks:
         """Tasks from `[(x, y), ...]`, x of shape `[n_i, *input_shape]`, y `[n_i, *target_shape]`.
 
-        Data types are kept as they are given.
+        Data types are kept as they are given. A target of NaN is one to be predicted
+        (`fit.predict`); of a target of several entries some may be NaN, which count for nothing.
 
         Example:
             >>> tasks = Tasks.from_list(
@@ -139,98 +146,115 @@ class Tasks:
         cls,
         frame: pd.DataFrame,
         *,
-        task: str,
-        inputs: Sequence[str],
-        target: str,
+        task: str | None = None,
+        inputs: Sequence[str] | None = None,
+        target: str | None = None,
         dtype: torch.dtype = torch.float64,
+        integers: Sequence[str] = (),
+        query: str | None = None,
+        missing: Missing = "error",
+        design: Design | None = None,
     ) -> Tasks:
         """Tasks from a data frame with one row per datum; tasks keep their order of appearance.
 
         Args:
             frame: the data.
             task: column that says which task a row belongs to.
-            inputs: columns of numbers, also as text, in the order in which the model reads
-                `x[..., k]`; may be empty.
-            target: column of numbers.
+            inputs: columns, in the order in which the model reads `x[..., k]`; may be empty.
+                Numbers (also as text) and truths are taken as they are. Texts and categories become
+                an indicator for each level but the first, `soil[sand]` in `input_names`, and so do
+                numbers as `"C(year)"`; dates become days since the earliest one.
+            target: column of numbers or truths.
             dtype: of inputs and targets; tables are small, and curvature is more exact in float64.
+            integers: `"inputs"`, `"target"` or both: these stay whole numbers (`torch.int64`), for
+                an embedding or counts, and their levels are numbered from 0 in place of indicators.
+            query: column of truths (or 0 and 1): which rows are query rows.
+            missing: `"drop"` leaves out rows with a missing value, and says which in the log.
+            design: `tasks.design` of other tasks, in place of all that names columns: these data
+                are coded as those were.
 
         Raises:
-            ValueError: a column that does not exist, has two uses, or holds something else than
-                finite numbers; with the row and its value.
+            ValueError: a column that does not exist, has two uses, or holds what it cannot: with
+                the row and its value; with `design`, a level that its data did not have.
         """
-        return cls._from_frame(frame, task, inputs, target, dtype, None)
-
-    @classmethod
-    def _from_frame(
-        cls,
-        frame: pd.DataFrame,
-        task: str,
-        inputs: Sequence[str],
-        target: str,
-        dtype: torch.dtype,
-        first_line: int | None,
-    ) -> Tasks:
-        def place(row: int) -> str:
-            return f"row {row}" if first_line is None else f"line {row + first_line}"
-
-        if isinstance(inputs, str):
-            raise ValueError(f"inputs must be a list of column names, got the string {inputs!r}")
-        if len(frame) == 0:
-            raise ValueError("frame has no rows")
-        check_columns(frame, task, inputs, target)
-        codes, labels = task_labels(frame[task], place)
-        values = numeric(frame, [*inputs, target], place)
-        cast = torch.as_tensor(values).to(dtype)
-        lost = (cast.double() != torch.as_tensor(values)) & (
-            ~cast.double().isfinite() | torch.tensor(not dtype.is_floating_point)
-        )
-        if bool(lost.any()):
-            row, column = lost.nonzero()[0].tolist()
-            raise ValueError(
-                f"dtype: {dtype} cannot hold {values[row, column]:g}, of column "
-                f"{[*inputs, target][column]!r} in {place(row)}; choose another, such as "
-                "torch.float64"
-            )
-        order = np.argsort(codes, kind="stable")
-        ends = np.cumsum(np.bincount(codes))[:-1]
-        groups = np.split(values[order], ends)
-        pairs = [
-            (torch.as_tensor(g[:, :-1], dtype=dtype), torch.as_tensor(g[:, -1], dtype=dtype))
-            for g in groups
-        ]
-        tasks = cls.from_list(
-            pairs,
-            names=labels,
-            task_name=task,
-            input_names=inputs,
-            target_name=target,
-        )
-        ids = torch.full(tasks.mask.shape, -1, dtype=torch.long)
-        ids[tasks.mask] = torch.as_tensor(order)
-        return replace(tasks, row_ids=ids, first_line=first_line)
+        named = {"task": task, "inputs": inputs, "target": target, "query": query}
+        return cls._from_table(Table.of(frame), named, dtype, integers, missing, design)
 
     @classmethod
     def from_csv(
         cls,
         path: str | PathLike[str],
         *,
-        task: str,
-        inputs: Sequence[str],
-        target: str,
+        task: str | None = None,
+        inputs: Sequence[str] | None = None,
+        target: str | None = None,
         dtype: torch.dtype = torch.float64,
+        integers: Sequence[str] = (),
+        query: str | None = None,
+        missing: Missing = "error",
+        design: Design | None = None,
     ) -> Tasks:
         """`from_frame` on a CSV file; names of tasks are taken as they are written (007, NA).
 
-        The file has commas, decimal points and a first line of column names, in UTF-8 (or with a
-        byte order mark of UTF-16); gzip may have packed it. Columns that are not named may hold
-        anything.
+        The file has a first line of column names, in UTF-8 (or with a byte order mark of UTF-16);
+        gzip may have packed it. Columns are separated by commas, semicolons, tabs or bars; where
+        it is not by commas, decimals may be. Columns that are not named may hold anything.
 
         Raises:
             FileNotFoundError: no such file.
             ValueError: no CSV file, or as `from_frame` does, with the line of the file.
         """
-        frame, first_line = read_csv(path)
-        return cls._from_frame(frame, task, inputs, target, dtype, first_line)
+        named = {"task": task, "inputs": inputs, "target": target, "query": query}
+        return cls._from_table(read_csv(path), named, dtype, integers, missing, design)
+
+    @classmethod
+    def _from_table(
+        cls,
+        table: Table,
+        named: dict[str, Any],
+        dtype: torch.dtype,
+        integers: Sequence[str],
+        missing: Missing,
+        design: Design | None,
+    ) -> Tasks:
+        given = [name for name, value in named.items() if value is not None]
+        if design is not None:
+            if given:
+                raise ValueError(f"design names the columns; leave {', '.join(given)} out")
+        else:
+            for name in ("task", "inputs", "target"):
+                if name not in given:
+                    raise ValueError(f"{name} is missing; name its column, or give a design")
+            named = {**named, "query": named["query"] or ""}
+            design = Design.of_columns(
+                table, **named, dtype=dtype, integers=integers, missing=missing
+            )
+        return cls.from_rows(design.read(table, missing=missing), design, table.first_line)
+
+    @classmethod
+    def from_rows(cls, rows: Rows, design: Design, first_line: int | None = None) -> Tasks:
+        """Tasks from a table that a design has read (`Design.read`)."""
+        if rows.said:
+            _log.warning("%s", rows.said)
+        order = np.argsort(rows.codes, kind="stable")
+        ends = np.bincount(rows.codes).tolist()
+        where = torch.as_tensor(order)
+        pairs = zip(rows.inputs[where].split(ends), rows.targets[where].split(ends), strict=True)
+        tasks = cls.from_list(
+            list(pairs),
+            names=rows.labels,
+            task_name=":".join(design.task),
+            input_names=design.inputs.names,
+            target_name=design.target.names[0],
+        )
+        ids = torch.full(tasks.mask.shape, -1, dtype=torch.long)
+        ids[tasks.mask] = torch.as_tensor(rows.rows[order])
+        tasks = replace(tasks, row_ids=ids, first_line=first_line, design=design)
+        if rows.is_query is None:
+            return tasks
+        is_query = torch.zeros_like(tasks.mask)
+        is_query[tasks.mask] = torch.as_tensor(rows.is_query[order])
+        return replace(tasks, is_query=is_query, is_split=True)
 
     # -- looking ----------------------------------------------------------------------------------
 
@@ -292,15 +316,32 @@ class Tasks:
 
     # -- splitting --------------------------------------------------------------------------------
 
-    def split(self, query: float = 0.3, *, seed: int = 0) -> Tasks:
-        """Move a random share `query` of each task's rows to its query part.
+    def split(
+        self,
+        query: float | Tensor | Sequence[Tensor | np.ndarray | Sequence[bool]] = 0.3,
+        *,
+        seed: int = 0,
+    ) -> Tasks:
+        """Move rows of each task to its query part: a random share, or those that masks name.
 
-        The share is rounded to whole rows; at least one row stays in the support part, so that a
+        A share is rounded to whole rows; at least one row stays in the support part, so that a
         task with one row has no query row.
 
+        Args:
+            query: the share; or masks, one for each task with a truth for each of its rows in
+                their order, as a list or as `[T, N]` bool.
+            seed: of the random rows.
+
         Raises:
-            ValueError: `query` outside (0, 1).
+            ValueError: a share outside (0, 1), or masks of other shapes.
+
+        Example:
+            >>> tasks = Tasks.from_list([(torch.ones(3, 1), torch.ones(3))] * 2)
+            >>> tasks.split([[False, False, True], [True, False, False]]).query.num_rows.tolist()
+            [1, 1]
         """
+        if not isinstance(query, (int, float)):
+            return replace(self, is_query=self._from_masks(query), is_split=True)
         if not 0.0 < query < 1.0:
             raise ValueError(f"query must lie strictly between 0 and 1, got {query}")
         count = (self.num_rows.double() * query).round().long().minimum(self.num_rows - 1)
@@ -384,6 +425,25 @@ class Tasks:
             is_split=is_split,
         )
 
+    def _from_masks(self, masks: Any) -> Tensor:
+        """`[T, N]` bool from a mask for each task."""
+        if isinstance(masks, Tensor) and masks.shape == self.mask.shape:
+            masks = [row[kept] for row, kept in zip(masks, self.mask.to(masks.device), strict=True)]
+        if not hasattr(masks, "__len__") or len(masks) != len(self):
+            got = len(masks) if hasattr(masks, "__len__") else repr(masks)
+            raise ValueError(f"query: wanted a share, or {len(self)} masks, one a task; got {got}")
+        out = torch.zeros_like(self.mask)
+        for k, mask in enumerate(masks):
+            row = torch.as_tensor(np.asarray(mask.cpu() if isinstance(mask, Tensor) else mask))
+            wanted = int(self.num_rows[k])
+            if tuple(row.shape) != (wanted,) or not bool(((row == 0) | (row == 1)).all()):
+                raise ValueError(
+                    f"query: the mask of task {self.names[k]!r} has shape {tuple(row.shape)} and "
+                    f"type {row.dtype}; wanted {wanted} truths, one for each of its rows"
+                )
+            out[k, self.mask[k]] = row.bool().to(out.device)
+        return out
+
     def _shuffled_rank(self, source: torch.Generator) -> Tensor:
         """`[T, N]` int: a random order of each task's existing rows, padding last."""
         like: Any = {"dtype": torch.float32, "device": source.device}  # whatever the default is
@@ -419,6 +479,10 @@ class TaskSource:
         self.digests = digests_of(draw)  # now, since it may change what it reads when it runs
         self.seed = seed
         self.device = device
+
+    def __repr__(self) -> str:
+        name = getattr(self.draw, "__name__", type(self.draw).__name__)
+        return f"TaskSource({name}, seed={self.seed})"
 
     def __getstate__(self) -> dict[str, Any]:
         require_picklable("the stream's draw", self.draw)

@@ -17,7 +17,7 @@ from varmeta.checked import Checked
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.pickling import require_picklable
-from varmeta.posterior import TaskPosterior
+from varmeta.posterior import Gaussian, TaskPosterior
 from varmeta.tasks import Tasks, TaskSource
 
 
@@ -348,6 +348,17 @@ class Strategy(Checked, ABC):
     ) -> TaskPosterior:
         """The posterior of the training tasks, when the strategy already holds it."""
         return self.adapt(density, state, tasks, generator)
+
+    def unseen(
+        self, density: Density, state: State, names: Sequence[str], generator: torch.Generator
+    ) -> TaskPosterior:
+        """What is known of new tasks before a row of theirs is seen: θ ~ N(θ0, Σ), φ as learned."""
+        prior, shared = state.meta.fixed()
+        where = prior.loc.new_zeros(len(names), 1)
+        factor = None if prior.factor is None else prior.factor.expand(len(names), -1, -1)
+        return Gaussian(
+            density, tuple(names), shared, prior.loc + where, prior.scale + where, factor
+        )
 
 
 def with_query(

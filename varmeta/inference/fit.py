@@ -158,7 +158,7 @@ def _ran(
         said = ""
         # A step that fails has changed nothing; one that a second Ctrl-C has cut may have.
         if path is not None and (run.whole or isinstance(error, Exception)):
-            run.result().save(path)
+            run.result().save_state(path)
             said = (
                 f"stopped after step {run.state.step} of {run.strategy.num_steps}; everything done "
                 f"is in {path}. Call fit again with the same arguments to resume"
@@ -175,7 +175,7 @@ def _ran(
     result = run.result()
     check_learned(run.strategy.name, run.state.meta)
     if path is not None:
-        result.save(path)
+        result.save_state(path)
     return result
 
 
@@ -233,7 +233,7 @@ class _Run:
                     on_step(state.step, info)
                 pause()
                 if path is not None and time.monotonic() - saved > _SECONDS_BETWEEN_CHECKPOINTS:
-                    self.result().save(path)
+                    self.result().save_state(path)
                     saved = time.monotonic()
 
     def result(self) -> Fit:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -20,7 +21,9 @@ from varmeta.inference.quasi_newton import moving
 from varmeta.inference.soundness import check_posterior, diverged, warn_of_posterior
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
-from varmeta.posterior import TaskPosterior
+from varmeta.posterior import DRAWS, TaskPosterior
+from varmeta.prediction import QUANTILES, Predictions, predict
+from varmeta.saved import packed_data, packed_strategy
 from varmeta.seeds import generator
 from varmeta.shrinkage import Shrinkage, find_shrinkage, scales_path
 from varmeta.tasks import HOW_TASKS, Tasks, TaskSource
@@ -28,7 +31,7 @@ from varmeta.tasks import HOW_TASKS, Tasks, TaskSource
 BATCH, STEP, ADAPT, INIT = range(4)  # streams of a fit's seed
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Fit:
     """A finished (or interrupted) run of one strategy.
 
@@ -59,6 +62,14 @@ class Fit:
     settled: Strategy | None = None
     batch_size: int | None = None
     fingerprint: Fingerprint | None = None
+
+    def __repr__(self) -> str:
+        how = {True: "converged", False: "not converged", None: "ended"}[self.converged]
+        return (
+            f"Fit({self.strategy.name} on {self.tasks!r}: {how} after {self.state.step} steps, "
+            f"{self.seconds:.1f} s, {self.density.dim} adapted and {self.density.shared_dim} "
+            "shared coordinates; see prior, predict, adapt, posterior, shrinkage)"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """With what the run has learned, as a checkpoint holds it, and without its caches."""
@@ -186,6 +197,64 @@ class Fit:
         warn_of_posterior(self.strategy, posterior, tasks, self.state.meta)
         return posterior
 
+    def unseen(self, names: Sequence[str]) -> TaskPosterior:
+        """What is known of new tasks before a row of theirs is seen: θ ~ N(θ0, Σ) for each.
+
+        With `PyroNUTS` for each draw of θ0, Σ and φ; with `CompletePooling` what holds for all
+        tasks.
+
+        Args:
+            names: of the tasks.
+
+        Raises:
+            ValueError: no names, one that is no text, or one twice.
+        """
+        texts = () if isinstance(names, str) else tuple(names)
+        if not texts or len(set(texts)) < len(texts) or not all(isinstance(n, str) for n in texts):
+            raise ValueError(f"names must be different texts in a list, got {names!r}")
+        return self._ran.unseen(
+            self.density, self.state, texts, noise_of(self.density, self.seed, ADAPT)
+        )
+
+    def predict(
+        self,
+        data: pd.DataFrame | Tasks,
+        *,
+        draws: int = DRAWS,
+        quantiles: Sequence[float] = QUANTILES,
+        keep: int = 0,
+        seed: int = 0,
+    ) -> Predictions:
+        """What the rows of `data` that have no target will be, in known tasks and in new ones.
+
+        Rows with a target say more of their task. A known task is taken as it was learned; if it
+        has rows here that were not learned from, it is adapted to both. A new task is adapted to
+        its rows; without any it is only known to come from N(θ0, Σ). A row that equals one learned
+        from (all inputs and the target) is taken for that one, so that a table may hold both: where
+        equal rows are further ones, adapt to all rows by `fit.adapt`.
+
+        Args:
+            data: a frame with the columns that the training tasks were made from, the target's
+                cells empty where it is to be predicted, or its column left out. Or `Tasks`: of
+                split ones the query rows are predicted given the support rows; of others the rows
+                whose targets are NaN, or, if all tasks are known, all rows.
+            draws: of each task.
+            quantiles: of the predictions.
+            keep: how many draws of each row to keep in `Predictions.draws`.
+            seed: of the draws.
+
+        Returns:
+            `Predictions`, with its `table`.
+
+        Raises:
+            TypeError: data that are neither.
+            ValueError: no row to predict, a column that is missing, a value that is no number, a
+                new task with the name of a known one in another spelling, numbers out of range.
+            NotImplementedError: the model's law cannot be drawn from.
+            NonFinitePosterior: naming the task.
+        """
+        return predict(self, data, draws, quantiles, keep, seed)
+
     def shrinkage(
         self,
         tasks: Tasks | None = None,
@@ -213,12 +282,30 @@ class Fit:
         return find_shrinkage(self, tasks, posterior, query, least)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the state and history; tensors and numbers only, loadable with `weights_only`.
+        """Write all of it but the model's code to one file, which `vm.load` reads.
+
+        The file holds tensors, numbers and texts only: what was learned, the training tasks, the
+        strategy's settings and the model's sites. It loads with `weights_only`, and nothing in it
+        is run. Not in it are the model, a stream's tasks, and settings that are functions of your
+        own: `vm.load` is given these again.
 
         Raises:
             NotWritten: a full disk, say; what the path held before is kept.
         """
-        saved = {
+        given = self.density, self.tasks, self.state.meta.origin, self.batch_size
+        also = {"settings": packed_strategy(self.strategy), "data": packed_data(*given)}
+        write(Path(path), packed(self._learned() | also))
+
+    def save_state(self, path: str | PathLike[str]) -> None:
+        """Write what was learned alone, as a checkpoint for `fit(checkpoint=path)`.
+
+        Raises:
+            NotWritten: a full disk, say; what the path held before is kept.
+        """
+        write(Path(path), packed(self._learned()))
+
+    def _learned(self) -> dict[str, Any]:
+        return {
             "fingerprint": self.fingerprint or identify(self),
             "state": self.state.state_dict(),
             "seed": self.seed,
@@ -227,7 +314,6 @@ class Fit:
             "stats": self.stats,
             "moved": torch.stack(self.path) if self.path else [],
         }
-        write(Path(path), packed(saved))
 
 
 def identify(run: Fit) -> Fingerprint:

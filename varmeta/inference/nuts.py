@@ -9,6 +9,7 @@ by p(y|θ, φ) p(θ|θ0, Σ) / q(θ); this includes what the new task itself say
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -209,6 +210,19 @@ class PyroNUTS(Strategy):
             state.tensors["theta"],
             self.chains,
         )
+
+    def unseen(
+        self, density: Density, state: State, names: Sequence[str], generator: torch.Generator
+    ) -> TaskPosterior:
+        """θ ~ N(θ0, Σ) for each draw of θ0, Σ and φ."""
+        kept, count = state.tensors, len(names)
+        loc, scale = kept["loc"], kept["log_scale"].exp()[:, state.meta.origin.groups]
+        noise = torch.randn(
+            len(loc), count, density.dim, generator=generator, dtype=loc.dtype, device=loc.device
+        )
+        shared = kept["shared"][:, None].expand(-1, count, -1)
+        theta = loc[:, None] + scale[:, None] * noise
+        return Draws(density, tuple(names), shared, theta, self.chains)
 
     # -- private ----------------------------------------------------------------------------------
 

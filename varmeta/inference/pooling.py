@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -133,11 +134,17 @@ class CompletePooling(Strategy):
         self, density: Density, state: State, tasks: Tasks, generator: torch.Generator
     ) -> TaskPosterior:
         """The same posterior for every task."""
+        return self.unseen(density, state, tasks.names, generator)
+
+    def unseen(
+        self, density: Density, state: State, names: Sequence[str], generator: torch.Generator
+    ) -> TaskPosterior:
+        """The same posterior for every task."""
         theta, shared = state.tensors["draws"].split([density.dim, density.shared_dim], dim=-1)
-        count = len(tasks)
+        count = len(names)
         return Draws(
             density,
-            tasks.names,
+            tuple(names),
             shared[:, None].expand(-1, count, -1),
             theta[:, None].expand(-1, count, -1),
         )

@@ -10,7 +10,7 @@ the scales and φ are points and only the θ_i have a guide: Σ_i KL[q_i ‖ N(�
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from functools import partial
@@ -207,8 +207,7 @@ class PyroSVI(Strategy):
         self, density: Density, state: State, tasks: Tasks, generator: torch.Generator
     ) -> TaskPosterior:
         """A fresh guide over θ_i, with θ0, scales and φ fixed at their means (or points)."""
-        running = 0 < state.step < self.num_steps and not state.arrived  # `meta` comes at the end
-        meta = self._means(state, generator) if running else state.meta
+        meta = self._now(state, generator)
         fresh = self._state(meta, tasks, global_sites(meta), generator)
         for _ in range(self.adapt_steps):
             rate = decayed(self.learning_rate, fresh.step, self.adapt_steps)
@@ -224,7 +223,19 @@ class PyroSVI(Strategy):
         shared = density.shared_init + density.shared_scale * raw["shared"]
         return Draws(density, tasks.names, shared[:, None].expand(-1, len(tasks), -1), theta)
 
+    def unseen(
+        self, density: Density, state: State, names: Sequence[str], generator: torch.Generator
+    ) -> TaskPosterior:
+        """θ ~ N(θ0, Σ) at the means of θ0, the scales and φ, as `adapt` has them."""
+        now = State(self._now(state, generator))
+        return super().unseen(density, now, names, generator)
+
     # -- private ----------------------------------------------------------------------------------
+
+    def _now(self, state: State, generator: torch.Generator) -> Meta:
+        """θ0, scales and φ as they stand; while a run goes on `state.meta` does not say it."""
+        running = 0 < state.step < self.num_steps and not state.arrived
+        return self._means(state, generator) if running else state.meta
 
     @property
     def _test(self) -> IterateTest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial, reduce
 from operator import add
@@ -21,6 +22,7 @@ from varmeta.models.capture import Captured
 from varmeta.models.check_model import check_model
 from varmeta.models.derivatives import EnergyFunction
 from varmeta.models.drawing import draw_observed
+from varmeta.models.gaps import PartlyObserved, has_gaps
 from varmeta.models.laws import law_in, law_parameters, law_with
 from varmeta.models.operations import BatchedOperations
 from varmeta.models.over_tasks import How, by_row, one_by_one, over_tasks, rows_apart
@@ -57,6 +59,8 @@ class Density:
 
     Attributes:
         joint: whether the rows of a task are one draw.
+        gaps: whether targets of several entries may be NaN in some of them: a row then counts by
+            the others, as long as its law gives each entry a density of its own.
 
     Args:
         model: a Pyro model (a function or a `PyroModule`) of one task.
@@ -97,13 +101,14 @@ class Density:
         self.target_shape = y.shape[1:]
         self.input_shape = x.shape[1:]
         sites, self.observed, self.joint = read_sites(model, x, y, shared)
+        self.gaps = has_gaps(tasks.targets, tasks.mask)
         self.sites = tuple(s for s in sites if s.role == "adapted")
         self.shared_sites = tuple(  # in the data's type, so that their densities are too
             s if s.prior is None else replace(s, prior=law_in(s.loc.dtype, s.prior))
             for s in sites
             if s.role != "adapted"
         )
-        self._batched: dict[tuple[int, bool], Callable[..., Tensor]] = {}
+        self._batched: dict[tuple[int, bool, str | None], Callable[..., Tensor]] = {}
         self._programs: dict[str, Programs] = {}
         self._compiled = False
         self._how: How = "together"
@@ -167,13 +172,21 @@ class Density:
 
     # -- evaluating -------------------------------------------------------------------------------
 
-    def log_likelihood(self, theta: Tensor, tasks: Tasks, shared: Tensor | None = None) -> Tensor:
+    def log_likelihood(
+        self,
+        theta: Tensor,
+        tasks: Tasks,
+        shared: Tensor | None = None,
+        *,
+        site: str | None = None,
+    ) -> Tensor:
         """log p(y_n | θ, φ) of every row, nats; 0 where a row is padding.
 
         Args:
             theta: `[..., T, D]`; leading dimensions are draws or particles.
             tasks: T tasks of N rows.
             shared: `[P]`, or `[..., T, P]` when it differs between draws; `shared_init` if None.
+            site: one of `observed`, for what it alone says; the sum of all if None.
 
         Returns:
             `[..., T, N]`.
@@ -183,9 +196,9 @@ class Density:
         """
         shared = self.shared_init if shared is None else shared
         self._check_shapes(theta, tasks, shared)
-        key = (theta.dim() - 2, shared.dim() > 1)
+        key = (theta.dim() - 2, shared.dim() > 1, site)
         if key not in self._batched:
-            rows = self._over_tasks(*key)
+            rows = self._over_tasks(*key[:2], self.observed if site is None else [site])
             rows = rows if self._how == "one by one" else Captured(rows)
             self._batched.setdefault(key, rows)
         # What was recorded views its arguments as they lay in memory then.
@@ -339,11 +352,15 @@ class Density:
         self._how = how
         self._batched, self._programs = {}, {}
 
-    def _over_tasks(self, draws: int, per_draw: bool) -> Callable[..., Tensor]:
+    def _over_tasks(
+        self, draws: int, per_draw: bool, sites: Sequence[str] | None = None
+    ) -> Callable[..., Tensor]:
         """`_pointwise` for all tasks, with θ `[..., T, D]` of so many dimensions of draws."""
+        sites = self.observed if sites is None else sites
         if self._how == "apart":
-            return rows_apart(self._observed_sites, draws, per_draw)
-        return over_tasks(self._pointwise, draws, per_draw, loop=self._how == "one by one")
+            return rows_apart(partial(self._observed_sites, sites), draws, per_draw)
+        pointwise = partial(self._pointwise, sites)
+        return over_tasks(pointwise, draws, per_draw, loop=self._how == "one by one")
 
     def _mapped(self, function: Callable[..., Any], dims: Sequence[int | None]) -> Any:
         """`function` over tasks; one by one where `vmap` cannot ask the law for its density."""
@@ -351,14 +368,18 @@ class Density:
             return torch.vmap(function, tuple(dims))
         return one_by_one(function, dims)
 
-    def _observed_sites(self, theta: Tensor, shared: Tensor, x: Tensor, y: Tensor) -> list[Any]:
-        """One task: the observed nodes of the model's trace."""
+    def _observed_sites(
+        self, sites: Sequence[str], theta: Tensor, shared: Tensor, x: Tensor, y: Tensor
+    ) -> list[Any]:
+        """One task: these observed nodes of the model's trace."""
         nodes = self._trace(theta, shared, x, y).nodes
-        return [nodes[name] for name in self.observed]
+        return [nodes[name] for name in sites]
 
-    def _pointwise(self, theta: Tensor, shared: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    def _pointwise(
+        self, sites: Sequence[str], theta: Tensor, shared: Tensor, x: Tensor, y: Tensor
+    ) -> Tensor:
         """One task: `[D]`, `[P]` and its data to `[N]` nats."""
-        return self._row_nats(self._trace(theta, shared, x, y), len(y))
+        return self._row_nats(self._trace(theta, shared, x, y), len(y), sites)
 
     def _outputs(self, theta: Tensor, shared: Tensor, x: Tensor, y: Tensor) -> list[Tensor]:
         """One task: the parameters of each row's law, whatever their shapes."""
@@ -372,12 +393,12 @@ class Density:
         trace, rest = self._trace(theta, shared, x, y), iter(outputs)
         for name in self.observed:
             trace.nodes[name]["fn"] = law_with(trace.nodes[name]["fn"], rest)
-        return self._row_nats(trace, len(y))
+        return self._row_nats(trace, len(y), self.observed)
 
-    def _row_nats(self, trace: Any, rows: int) -> Tensor:
+    def _row_nats(self, trace: Any, rows: int, sites: Sequence[str]) -> Tensor:
         with validation_off(), BatchedOperations(self._compiled):
-            trace.compute_log_prob(lambda name, site: name in self.observed)
-        return reduce(add, [by_row(trace.nodes[n]["log_prob"], 0, rows) for n in self.observed])
+            trace.compute_log_prob(lambda name, site: name in sites)
+        return reduce(add, [by_row(trace.nodes[n]["log_prob"], 0, rows) for n in sites])
 
     def _trace(
         self,
@@ -398,6 +419,7 @@ class Density:
             pyro_untouched(),  # first: the others change what threads share
             validation_off(),
             poutine.block(),
+            PartlyObserved() if self.gaps else nullcontext(),
             Answer(params, None if together is None else partial(draw, theta, together)),
             BatchedOperations(self._compiled, theta if self._how == "apart" else None),
         ):
@@ -415,6 +437,11 @@ class Density:
         are finite, and each target lies in the support of its law; the error says where not.
         """
         self.check_data(tasks, self.shared_init)
+        if not self.gaps and has_gaps(tasks.targets, tasks.mask):
+            raise ValueError(
+                "tasks: some targets are NaN in a part of their entries, and the density was built "
+                "from tasks without such gaps; build it from tasks that have some"
+            )
         check_targets(self, tasks)
 
     def check_data(self, tasks: Tasks, shared: Tensor, lead: Sequence[int] = ()) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from varmeta.models.gaps import without_gaps
 from varmeta.models.laws import tensors_in
 from varmeta.models.sites import reason
 from varmeta.seeds import generator
@@ -95,24 +96,29 @@ def finite_tasks(tasks: Tasks) -> Tasks:
     good = torch.ones_like(tasks.mask[:, 0])
     for values in (tasks.inputs, tasks.targets):
         if values.is_floating_point():
-            good = good & (_finite_rows(values) | ~tasks.mask).all(-1)
+            rows = _finite_rows(values, gaps=values is tasks.targets)
+            good = good & (rows | ~tasks.mask).all(-1)
     return tasks if bool(good.all()) or not bool(good.any()) else tasks.select(good)
 
 
-def _finite_rows(values: Tensor) -> Tensor:
-    """`[T, N, ...]` to `[T, N]` bool."""
-    finite = values.isfinite()
-    return finite.flatten(2).all(-1) if finite.dim() > 2 else finite
+def _finite_rows(values: Tensor, gaps: bool) -> Tensor:
+    """`[T, N, ...]` to `[T, N]` bool; with `gaps` some entries of a row may be NaN, but not all."""
+    finite = values.isfinite().reshape(*values.shape[:2], -1)
+    if not gaps:
+        return finite.all(-1)
+    missing = values.isnan().reshape(finite.shape)
+    return (finite | missing).all(-1) & ~(missing.all(-1) & (values[0, 0].numel() > 0))
 
 
 def _check_finite(tasks: Tasks) -> None:
     for name, values in (("x", tasks.inputs), ("y", tasks.targets)):
         if values.is_floating_point():
-            bad = (~_finite_rows(values) & tasks.mask).nonzero()
+            bad = (~_finite_rows(values, gaps=name == "y") & tasks.mask).nonzero()
             if len(bad):
+                also = ", or predict it: fit.predict(data)" if name == "y" else ""
                 raise ValueError(
                     f"{tasks.place(*bad[0].tolist())}: {name} holds NaN or infinity "
-                    f"({_count(len(bad))}); drop or fill that row"
+                    f"({_count(len(bad))}); drop or fill that row{also}"
                 )
 
 
@@ -147,8 +153,7 @@ def rows_inside(node: Any, rows: int) -> tuple[Tensor, list[Tensor]]:
     """
     law, value = node["fn"], node["value"]
     dims = law.event_dim
-    if type(law).__name__.startswith("NanMasked"):  # which leaves out what is missing
-        value = value.nan_to_num()
+    value = without_gaps(law, value)
     inside = (
         value.isfinite() if value.is_floating_point() else torch.ones_like(value, dtype=torch.bool)
     )
@@ -165,20 +170,31 @@ def rows_inside(node: Any, rows: int) -> tuple[Tensor, list[Tensor]]:
         found = found.flatten(found.dim() - extra).all(-1) if extra > 0 else found
         bounds = [bound.to(value.device) for bound in tensors_in(support)]
         inside = inside & found
-    for mask in _masks(node):
-        inside = inside | ~mask
+    seen = not_masked(node)
+    if seen is not None:  # a row of which the model leaves out a part is its own affair
+        seen = seen.flatten(seen.dim() - dims).all(-1) if dims else seen
+        inside = inside | ~seen
     inside = inside.expand(*inside.shape[:-1], rows) if inside.dim() else inside.expand(rows)
     return inside.reshape(-1, rows).all(0), bounds
 
 
-def _masks(node: Any) -> list[Tensor]:
-    """What the model itself leaves out: by `poutine.mask`, or by a law's own `mask`."""
-    masks, law = [node.get("mask")], node["fn"]
+def not_masked(node: Any) -> Tensor | None:
+    """Which entries of an observed site's value count, of the value's shape; None for all.
+
+    The others the model itself leaves out: by `poutine.mask`, or by a law's own `mask`.
+    """
+    law, value = node["fn"], node["value"]
+    masks = [(node.get("mask"), len(law.event_shape))]
     while law is not None:
-        masks.append(vars(law).get("_mask"))
+        masks.append((vars(law).get("_mask"), len(law.event_shape)))
         law = vars(law).get("base_dist")
-    kept = [torch.as_tensor(m, device=node["value"].device) for m in masks if m is not None]
-    return [mask.bool() for mask in kept]
+    seen = None
+    for mask, dims in masks:
+        if mask is not None:
+            mask = torch.as_tensor(mask, device=value.device).bool()
+            mask = mask.reshape(tuple(mask.shape) + (1,) * dims)
+            seen = torch.ones_like(value).bool() & mask if seen is None else seen & mask
+    return seen
 
 
 def _base(support: Any) -> Any:
@@ -196,6 +212,13 @@ def _sentence(density: Density, tasks: Tasks, name: str, task: int, row: int, co
     also = f", from the target {_short(given)}" if given != shown else ""
     while "base_dist" in vars(law) and not hasattr(law, "transforms"):
         law = law.base_dist
+    if density.gaps and bool(y[row].isnan().any()):
+        return (
+            f"{tasks.place(task, row)}: the observed site {name!r} gets {_short(shown)}, and "
+            f"{type(law).__name__} has one density for all entries ({_count(count)}). Fill the "
+            "gaps, drop the row, or use a law for gaps: dist.NanMaskedMultivariateNormal, or one "
+            "law for each entry with .to_event(1)"
+        )
     return (
         f"{tasks.place(task, row)}: the observed site {name!r} gets {_short(shown)}{also}, and its "
         f"law, {type(law).__name__}, wants {_words(law, row)} ({_count(count)}). Mend or drop that "
