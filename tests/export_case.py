@@ -36,7 +36,8 @@ GROUPS = [
     "observed_data",
     "constant_data",
     "sample_stats",
-    "shrinkage",
+    "adaptation_data",
+    "shrinkage_data",
 ]
 SITES = ["a", "b", "width"]
 COUNTS = {"north": 5, "süd": 1, "w/e [2]": 8}  # ragged, a single row, awkward names

@@ -87,7 +87,7 @@ KINDS = ["laplace", "laplace, shared", "delta", "gaussian", "pooled", "nuts"]
 
 
 def test_a_real_fit_on_folds_says_its_residuals(exports: dict[str, Any]) -> None:
-    stats = group(exports["laplace"], "sample_stats")
+    stats = group(exports["laplace"], "adaptation_data")
     assert stats["residual"].shape == (3,) and stats["task"].values.tolist() == ["x", "ÿ", "z"]
     assert bool((stats["residual"] < 1e-6).all()) and bool(stats["converged"].all())
     assert {"gradient_norm", "iterations", "negative_curvature"} <= set(stats.data_vars)
@@ -125,6 +125,8 @@ def quietly(call: Callable[[], Any], *messages: str) -> Any:
     with warnings.catch_warnings():
         # ArviZ 0.x with Matplotlib 3.11
         warnings.filterwarnings("ignore", "Passing a dict or None as alias_mapping")
+        # ArviZ 0.x with pandas 3
+        warnings.filterwarnings("ignore", "The (inplace|copy) keyword", DeprecationWarning)
         for message in messages:
             warnings.filterwarnings("ignore", message)
         try:
@@ -164,6 +166,23 @@ OTHERS = (
 def test_plots(exports: dict[str, Any], kind: str, plot: str) -> None:
     messages = () if kind in ("laplace", "nuts") else CONSTANT
     assert quietly(lambda: getattr(az, plot)(exports[kind]), *messages) is not None
+
+
+@pytest.mark.skipif(ARVIZ1, reason="ArviZ 1.x has neither; plot_prior_posterior is there")
+@pytest.mark.parametrize("kind", ["laplace", "laplace, shared", "delta", "nuts"])
+def test_a_table_of_draws_and_prior_beside_posterior(exports: dict[str, Any], kind: str) -> None:
+    data = exports[kind]
+    table = quietly(lambda: data.to_dataframe())
+    chains, draws = data.posterior.sizes["chain"], data.posterior.sizes["draw"]
+    assert len(table) == chains * draws and ("prior", "a[1]", "ÿ") in table.columns
+    mine = table["posterior", "a[1]", "ÿ"].to_numpy()
+    np.testing.assert_array_equal(mine, stacked(data.posterior["a"])[:, 1])
+    assert {group for group, *_ in table.columns[2:]} <= set(data.groups())
+    for name in {"a", "b", "sd"} & set(data.posterior.data_vars):
+        assert data.prior[name].dims == data.posterior[name].dims
+    axes = quietly(lambda: az.plot_dist_comparison(data, coords={"task": ["x"]}), *CONSTANT)
+    assert axes.shape[1] == 3  # prior, posterior and both
+    assert len(quietly(lambda: az.plot_dist_comparison(data, var_names=["a"]), *CONSTANT)) == 3
 
 
 def test_forest_of_several_fits(exports: dict[str, Any]) -> None:

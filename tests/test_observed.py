@@ -178,8 +178,8 @@ def test_prior_predictions_are_those_of_the_learned_prior() -> None:
     sd = np.sqrt((x * float(fit.prior.scale)) ** 2 + 0.25)
     assert (np.abs(drawn.mean(0) - x * float(fit.prior.loc)) < 5 * sd / 2000**0.5).all()
     assert (np.abs(drawn.var(0) / sd**2 - 1) < 5 * (2 / 2000) ** 0.5).all()
-    # one θ for all rows of a draw, which `prior` has
-    theta = np.asarray(data["prior"]["a"])[0]
+    # the task's θ of a draw, which `prior` has
+    theta = np.asarray(data["prior"]["a"])[0, :, -1]
     assert np.corrcoef(theta, drawn[:, -1])[0, 1] > 0.8
 
 

@@ -6,6 +6,7 @@ alarm, and no test compares more than some 200.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,28 @@ def test_shapes(posterior: TaskPosterior) -> None:
         assert logp.shape == query.mask.shape and not logp.requires_grad
         predicted = posterior.predict(query, count, generator(0))
         assert {k: v.shape for k, v in predicted.items()} == {"y": (count, *query.mask.shape)}
+
+
+def test_covariance_in_closed_form() -> None:
+    """Exact against the oracle's inverses, the low-rank sum and NumPy's sample covariance."""
+    variances = np.stack([np.diag(v) for v in PROBLEM.best_variances()])
+    assert_close(exact().covariance, np.stack([PROBLEM.posterior_cov(i) for i in range(6)]), 1e-9)
+    assert_close(diagonal().covariance, variances, 1e-12)
+    factor = torch.randn(6, 3, 2, dtype=FLOAT, generator=generator(1))
+    low = replace(diagonal(), factor=factor)
+    outer = np.einsum("tdr,ter->tde", factor, factor)
+    assert_close(low.covariance, variances + outer, 1e-12)
+    theta = draws().draws.numpy()
+    wanted = np.stack([np.cov(theta[:, i], rowvar=False) for i in range(6)])
+    assert_close(draws().covariance, wanted, 1e-12)
+    assert draws().select([4, 1]).covariance.shape == (2, 3, 3)
+
+
+@every_form
+def test_covariance_has_the_variances_on_its_diagonal(posterior: TaskPosterior) -> None:
+    found = posterior.covariance
+    assert found.shape == (6, 3, 3) and torch.equal(found, found.mT)
+    torch.testing.assert_close(found.diagonal(dim1=-2, dim2=-1), posterior.sd**2)
 
 
 @every_form

@@ -285,7 +285,7 @@ def test_a_large_export_has_fewer_draws_unless_they_are_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run, q, rows = unfitted(), gaussian(), int(TASKS.mask.sum())
-    each = len(TASKS) * (q.density.dim + 2) + 2 * rows
+    each = 2 * len(TASKS) * (q.density.dim + 1) + 2 * rows
     for limit, wanted in ((300 * each, 300), (1, 100)):
         monkeypatch.setattr("varmeta.export._NUMBERS", limit)
         assert group(to_arviz(run, posterior=q), "posterior").sizes["draw"] == wanted

@@ -51,6 +51,7 @@ from varmeta.inference.maml import FOMAML, MAML, MetaSGD, Reptile
 from varmeta.inference.mechanisms import Mechanisms, mechanisms, mechanisms_at
 from varmeta.inference.minimise import Adam, GradientDescent, ProximalDescent
 from varmeta.inference.minres import MINRES
+from varmeta.inference.modes import map_estimate
 from varmeta.inference.newton import NewtonCG
 from varmeta.inference.nuts import PyroNUTS
 from varmeta.inference.nystrom import Nystrom
@@ -162,6 +163,7 @@ __all__ = [
     "laplace_evidence",
     "load",
     "loo",
+    "map_estimate",
     "mechanisms",
     "mechanisms_at",
     "meta_gradient",

@@ -62,32 +62,36 @@ def to_arviz(
       the dimensions.) `pyro.deterministic` sites of the model: `(chain, draw, row, ...)` where they
       have a value for each row, else `(chain, draw, task, ...)`. With the draws of NUTS itself come
       θ0 and Σ's standard deviations, as `<site>_loc` and `<site>_scale` on the unconstrained scale.
-    - `prior`: what is known of a new task before its data are seen, without `task`: θ ~ N(θ0, Σ) on
-      the model's own scale, and the shared sites. For NUTS θ0, Σ and φ are drawn from their
-      posterior, and `<site>_loc` and `<site>_scale` are there too.
+    - `prior`: what is known of each task before its data are seen: θ_i ~ N(θ0, Σ) on the model's
+      own scale, and the shared sites, with the dimensions that they have in `posterior`, as
+      `az.plot_dist_comparison` wants it. For NUTS θ0, Σ and φ are drawn from their posterior, and
+      `<site>_loc` and `<site>_scale` are there too.
     - `posterior_predictive`, `prior_predictive`, `log_likelihood`, `observed_data`:
       `(..., row, ...)`, the rows that exist, task after task. Coordinates `task_of_row` and
-      `row_id` (`tasks.row_ids`) say which they are. The variable is the observed site. If there are
-      several, `log_likelihood` has each and, as `tasks.target_name` (`total` if a site is called
-      so), their sum: tell `az.loo` by `var_name` which. What was observed
-      is what the model made of the targets: the log of them with `obs=y.log()`; NaN where a mask of
-      the model leaves it out, as of a censored time. A draw of `prior_predictive` has one θ, that
-      of `prior`, for all rows. Without a sampler of its law both are left out, with a warning.
+      `row_id` (`tasks.row_ids`) of `observed_data` and `constant_data` say which they are (in a
+      group with draws they would be columns of `idata.to_dataframe()`). The variable is the
+      observed site. If there are several, `log_likelihood` has each and, as `tasks.target_name`
+      (`total` if a site is called so), their sum: tell `az.loo` by `var_name` which. What was
+      observed is what the model made of the targets: the log of them with `obs=y.log()`; NaN where
+      a mask of the model leaves it out, as of a censored time. A draw of `prior_predictive` has
+      each task's θ_i of `prior`. Without a sampler of its law both are left out, with a warning.
       Where all rows of a task are one draw, `log_likelihood` is `(..., task)`.
     - `constant_data`: `inputs` `(row, input)`, `num_rows` `(task)`; and, save for NUTS,
       `<site>_loc` and `<site>_scale`. They are point estimates then: repeated over draws they would
       have no ESS or R-hat, and `az.summary` and the trace plots would warn of that.
-    - `sample_stats`: diagnostics of the adaptation, `(task)`; for the training tasks also those of
-      the last training step on each that the adaptation does not have (the worst over a task's
-      folds); for NUTS `diverging` `(chain, draw)`. For a posterior with a density `log_p`, which is
-      log p(y_i | θ_i, φ) + log N(θ_i; θ0, Σ), and `log_q`, log q_i(θ_i), `(chain, draw, task)`, in
-      nats, of each draw: both are densities of the unconstrained θ_i. ArviZ 1.x's
+    - `sample_stats`: for NUTS `diverging` `(chain, draw)`; for a posterior with a density `log_p`,
+      which is log p(y_i | θ_i, φ) + log N(θ_i; θ0, Σ), and `log_q`, log q_i(θ_i), `(chain, draw,
+      task)`, in nats, of each draw: both are densities of the unconstrained θ_i. ArviZ 1.x's
       `az.loo_approximate_posterior` takes them for the rows of one task, `loo` for all tasks.
       Left out where there are none.
-    - `shrinkage`: the columns of `fit.shrinkage()` for these tasks, `(module)`: `size`, `scale`,
-      `start`, `movement`, `relative`, `cost`, `cost_se`, `optimism` (nats per task; on the query
-      rows of `tasks`, if it has some) and, for its verdict, `adapted`. A group of varmeta's own;
-      left out for a prior of more than 1,000 modules.
+    - `adaptation_data`: diagnostics of the adaptation, `(task)`; for the training tasks also those
+      of the last training step on each that the adaptation does not have (the worst over a task's
+      folds). A group of varmeta's own, as the next; those with "data" in their name are left out of
+      `idata.to_dataframe()`, which has one row per draw.
+    - `shrinkage_data`: the columns of `fit.shrinkage()` for these tasks, `(module)`: `size`,
+      `scale`, `start`, `movement`, `relative`, `cost`, `cost_se`, `optimism` (nats per task; on the
+      query rows of `tasks`, if it has some) and, for its verdict, `adapted`. Left out for a prior
+      of more than 1,000 modules.
 
     With a `"delta"` posterior all draws are alike, which leaves PSIS (`az.loo`, `az.compare`)
     nothing to go by: ArviZ 0.x warns of every row, ArviZ 1.x raises.
@@ -145,7 +149,7 @@ def to_arviz(
             for name in {"posterior", "prior", "prior_predictive", *wanted} & set(groups):
                 groups[name] = {n: (dims, _single(v)) for n, (dims, v) in groups[name].items()}
         query = tasks.query if tasks is not None and bool(tasks.is_query.any()) else None
-        groups["shrinkage"] = _shrinkage(fit, rows, posterior, query)
+        groups["shrinkage_data"] = _shrinkage(fit, rows, posterior, query)
     names = np.array(rows.names)
     coords = {
         "module": ("module", np.array([n.replace("/", ".") for n in fit.prior.modules.names])),
@@ -165,7 +169,14 @@ def to_arviz(
         "seed": fit.seed,
         "draws_seed": seed,
     }
-    return _container({g: _dataset(v, coords) for g, v in groups.items() if v}, attrs)
+    # Of rows, `to_dataframe` would take them for variables of a group with draws.
+    indices = {name: coord for name, coord in coords.items() if name == coord[0]}
+    made = {
+        name: _dataset(values, coords if "data" in name else indices)
+        for name, values in groups.items()
+        if values
+    }
+    return _container(made, attrs)
 
 
 def netcdf(data: Any) -> memoryview:
@@ -233,8 +244,9 @@ def _groups(
     drawn |= _shared(density, shared, draws, chains)
     more = derived(density, theta, rows, shared)
     drawn |= {n: _variable(n, v, *_DRAW, d, chains=chains) for n, (d, v) in more.items()}
-    hyper, learned, fresh = _prior(fit, draws, chains, generator(seed, _PRIOR, device=device))
-    stats = _stats(fit, posterior, trained)
+    hyper, learned, fresh = _prior(fit, theta, chains, generator(seed, _PRIOR, device=device))
+    # What has no dimensions of draws would be in the way of `to_dataframe` in `sample_stats`.
+    stats, adaptation = Variables(), _stats(fit, posterior, trained)
     constant = {"num_rows": _variable("num_rows", rows.num_rows, "task")}
     if rows.inputs[0, 0].numel():
         named = rows.inputs.dim() == 3 and len(rows.input_names) == rows.inputs.shape[-1]
@@ -245,15 +257,14 @@ def _groups(
     elif isinstance(posterior, Draws) and torch.equal(posterior.draws, fit.state.tensors["theta"]):
         # A new task's draws were resampled, and belong to no draw of θ0 and Σ in particular.
         drawn |= hyper
-        stats |= _drawn({"diverging": fit.state.tensors["diverging"]}, chains=chains)
+        stats = _drawn({"diverging": fit.state.tensors["diverging"]}, chains=chains)
 
     predicted, before, nats = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
     if wanted["posterior_predictive"]:
         noise, other = (generator(seed, k, device=device) for k in (_PREDICT, _PRIOR_PREDICT))
         try:
             predicted = by_row(parts.predict(density, theta, rows, noise, shared), rows)
-            new = [t if t.dim() < 2 else t[:, None].expand(-1, len(rows), -1) for t in fresh]
-            before = by_row(parts.predict(density, new[0], rows, other, new[1]), rows)
+            before = by_row(parts.predict(density, fresh[0], rows, other, fresh[1]), rows)
         except NotImplementedError as error:
             warnings.warn(
                 f"posterior_predictive is left out: {error}", RuntimeWarning, stacklevel=3
@@ -264,10 +275,10 @@ def _groups(
         summed = parts.total_log_likelihood(density, theta, rows, shared)
         log_p = summed + fit.prior.log_prob(theta)
         weights = {"log_p": log_p, "log_q": posterior.log_prob(theta)}
-        stats |= _drawn(weights, "task", chains=chains)
+        stats = _drawn(weights, "task", chains=chains)
     return {
         "posterior": drawn,
-        "prior": learned,
+        "prior": {name: _as_in(drawn, name, variable) for name, variable in learned.items()},
         "posterior_predictive": _drawn(predicted, "row", chains=chains),
         "prior_predictive": _drawn(before, "row", chains=chains),
         "log_likelihood": _drawn(nats, "task" if density.joint else "row", chains=chains),
@@ -277,13 +288,14 @@ def _groups(
         },
         "constant_data": constant,
         "sample_stats": stats,
+        "adaptation_data": adaptation,
     }
 
 
 def _default_draws(posterior: TaskPosterior, rows: Tasks, by_row: int) -> int:
     """500, or fewer where the file would be large."""
     targets = rows.targets[0, 0].numel()
-    numbers = len(rows) * (posterior.density.dim + 2) + by_row * int(rows.mask.sum()) * targets
+    numbers = 2 * len(rows) * (posterior.density.dim + 1) + by_row * int(rows.mask.sum()) * targets
     return min(_DRAWS, max(_FEWEST_DRAWS, _NUMBERS // numbers))
 
 
@@ -299,25 +311,38 @@ def _single(values: np.ndarray) -> np.ndarray:
 
 
 def _prior(
-    fit: Fit, draws: int, chains: int, noise: torch.Generator
+    fit: Fit, like: Tensor, chains: int, noise: torch.Generator
 ) -> tuple[Variables, Variables, tuple[Tensor, Tensor]]:
-    """θ0 and the standard deviations of Σ; a new task's θ ~ N(θ0, Σ), with φ; these two, flat."""
-    density, prior = fit.density, fit.prior
+    """θ0 and the standard deviations of Σ; θ_i ~ N(θ0, Σ), with φ; these two, as `sample` has them.
+
+    As many draws as `like` `[S, T, D]` has; of NUTS as many as were kept.
+    """
+    density, prior, draws = fit.density, fit.prior, len(like)
     if not isinstance(fit.strategy, PyroNUTS):
         variance = prior.scale**2 + (0 if prior.factor is None else prior.factor.square().sum(-1))
         hyper = _hyper(density, prior.loc, variance.sqrt())
-        theta = prior.sample((draws,), noise)
-        new = _drawn(density.constrain(theta), chains=chains)
+        theta = prior.sample(like.shape[:-1], noise)
+        new = _drawn(density.constrain(theta), "task", chains=chains)
         return hyper, new | _shared(density, fit.shared, draws, chains), (theta, fit.shared)
     kept, chains = fit.state.tensors, fit.strategy.chains
     loc, scale = kept["loc"], kept["log_scale"].exp()[:, prior.groups]
-    theta = loc + scale * torch.randn(
-        loc.shape, generator=noise, dtype=loc.dtype, device=loc.device
-    )
+    shape = (len(loc), *like.shape[1:])
+    standard = torch.randn(shape, generator=noise, dtype=loc.dtype, device=loc.device)
+    theta = loc[:, None] + scale[:, None] * standard
     hyper = _hyper(density, loc, scale, *_DRAW, chains=chains)
-    new = _drawn(density.constrain(theta), chains=chains)
+    new = _drawn(density.constrain(theta), "task", chains=chains)
     new |= _shared(density, kept["shared"][:, None], len(loc), chains)
-    return hyper, new | hyper, (theta, kept["shared"])
+    return hyper, new | hyper, (theta, kept["shared"][:, None].expand(-1, like.shape[1], -1))
+
+
+def _as_in(posterior: Variables, name: str, variable: Variable) -> Variable:
+    """With the dimension `task` where it has it in the posterior: φ of new tasks under NUTS."""
+    dims, values = variable
+    wanted, there = posterior.get(name, variable)
+    if "task" not in wanted or "task" in dims:
+        return variable
+    shape = (*values.shape[:2], *there.shape[2:])
+    return wanted, np.broadcast_to(values[:, :, None], shape)
 
 
 def _variable(stem: str, value: Tensor | np.ndarray, *lead: str, chains: int = 1) -> Variable:

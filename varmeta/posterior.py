@@ -66,6 +66,14 @@ class TaskPosterior(ABC):
     def sd(self) -> Tensor:
         """`[T, D]`, unconstrained; 0 for a delta."""
 
+    @property
+    @abstractmethod
+    def covariance(self) -> Tensor:
+        """`[T, D, D]`, of the unconstrained θ_i: T·D² numbers, made anew at every call.
+
+        Its diagonal is `sd` squared: of draws the sample covariance, of a delta zeros.
+        """
+
     @abstractmethod
     def _draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """What `sample` returns, all at once."""
@@ -249,6 +257,11 @@ class Delta(TaskPosterior):
         """`[T, D]`, zeros."""
         return torch.zeros_like(self.loc)
 
+    @property
+    def covariance(self) -> Tensor:
+        """`[T, D, D]`, zeros."""
+        return self.loc.new_zeros(*self.loc.shape, self.loc.shape[-1])
+
     def _draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         return self.loc.expand(count, *self.loc.shape), self.shared
 
@@ -303,6 +316,14 @@ class Gaussian(TaskPosterior):
         if self.factor is None:
             return self.scale
         return (self.scale**2 + (self.factor**2).sum(-1)).sqrt()
+
+    @property
+    def covariance(self) -> Tensor:
+        """`[T, D, D]`, S."""
+        if self.scale.dim() == 3:
+            return self.scale @ self.scale.mT
+        diagonal = torch.diag_embed(self.scale**2)
+        return diagonal if self.factor is None else diagonal + self.factor @ self.factor.mT
 
     @property
     def law(self) -> torch.distributions.Distribution:
@@ -365,6 +386,12 @@ class Draws(TaskPosterior):
     def sd(self) -> Tensor:
         """`[T, D]`."""
         return self.draws.std(0)
+
+    @property
+    def covariance(self) -> Tensor:
+        """`[T, D, D]`, of the draws, divided by S − 1."""
+        offset = (self.draws - self.mean).permute(1, 2, 0)
+        return offset @ offset.mT / (len(self.draws) - 1)
 
     def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """All draws in their order if `count` is S; thinned evenly if smaller; else resampled."""

@@ -23,10 +23,19 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
-from varmeta.inference.base import Batch, State, no_scales_with_points
+from varmeta.inference.base import (
+    Batch,
+    Meta,
+    State,
+    StepInfo,
+    gradients,
+    no_scales_with_points,
+)
+from varmeta.inference.effects import integrated, require_bounded
 from varmeta.inference.energy import TaskEnergy
 from varmeta.inference.imaml import adapt_map
 from varmeta.inference.laplace import MAX_DIM
+from varmeta.inference.learned import Evaluated
 from varmeta.inference.linear import CG, LinearSolver
 from varmeta.inference.logdet import LogDet, LogDetInfo
 from varmeta.inference.metagradient import MetaGradient
@@ -253,6 +262,12 @@ class LaplaceEvidence(AmortisedVariational):
 
     Exact empirical Bayes where the model is linear-Gaussian. This is `AmortisedVariational` with
     Laplace's q on all rows of each training task.
+
+    A shared latent whose prior has a learned spread (crossed effects: shared `tau`, and a shared
+    vector `item ~ Normal(0, tau)`) is integrated out together with all θ_i, see
+    `varmeta.inference.effects`: `tau` is then learned as the scales of Σ are. Posteriors of tasks
+    are given the vector's mode, as they are given all of φ. That takes all tasks in every step, and
+    memory and time as T · D · M + M² and M³ of its M entries.
     """
 
     q: Literal["delta", "laplace"] = field(default="laplace", init=False)
@@ -263,6 +278,78 @@ class LaplaceEvidence(AmortisedVariational):
     def name(self) -> str:
         """`LaplaceEvidence`."""
         return "LaplaceEvidence"
+
+    def check_shared(self, density: Density) -> None:
+        """Shared effects are integrated out, of a model with few coordinates.
+
+        Raises:
+            ValueError: shared effects, and more than 200 coordinates or probes.
+        """
+        if len(density.effects) and not self.logdet.is_dense(density.dim):
+            raise ValueError(
+                "shared effects are integrated out with the whole curvature of each task: wanted "
+                f"at most {MAX_DIM} coordinates and logdet without probes, got {density.dim}"
+            )
+
+    def settled(self, density: Density, *, whole: bool) -> Self:
+        """See `AmortisedVariational.settled`.
+
+        Raises:
+            ValueError: shared effects, and steps that do not see all tasks.
+        """
+        if len(density.effects) and not whole:
+            raise ValueError(
+                "shared effects are integrated out over all tasks together; leave batch_size unset"
+            )
+        return super().settled(density, whole=whole)
+
+    def init(
+        self,
+        density: Density,
+        prior: GaussianPrior,
+        tasks: Tasks | TaskSource,
+        generator: torch.Generator,
+    ) -> State:
+        """θ0, scales and φ at the user's prior; the modes of θ and of shared effects unknown."""
+        state = super().init(density, prior, tasks, generator)
+        if len(density.effects):
+            assert isinstance(tasks, Tasks)
+            require_bounded(density, tasks)
+            meta = Meta.start(density, prior, learn_scale=bool(self.learn_scale), integrate=True)
+            state = self.with_optimisers(State(meta))
+            state.tensors["minima"] = prior.loc.new_full((len(tasks), density.dim), float("nan"))
+            state.tensors["effects"] = meta.raw["effects"].clone()
+        return state
+
+    def step(
+        self, density: Density, state: State, batch: Batch, generator: torch.Generator
+    ) -> StepInfo:
+        """See `MetaGradient.step`; shared effects go to where they were found."""
+        info = super().step(density, state, batch, generator)
+        if "effects" in state.tensors:
+            state.meta.raw["effects"].copy_(state.tensors["effects"])
+        return info
+
+    def evaluate(
+        self, density: Density, state: State, batch: Batch, generator: torch.Generator
+    ) -> Evaluated:
+        """See `MetaGradient.evaluate`."""
+        if "effects" not in state.tensors:
+            return super().evaluate(density, state, batch, generator)
+        meta, tasks = state.meta, self.rows_inside(batch.tasks)
+        meta.raw["effects"].copy_(state.tensors["effects"])
+        start = self.start_of(state, batch)
+        assert start is not None
+        prior, shared = meta.prior, meta.shared
+        found = integrated(density, prior, shared, tasks, start, self.minimiser, state.step)
+        total = (found.value - prior.hyper_log_prob()) / batch.total
+        grads = gradients(total, meta.leaves(), state.step)
+        mode = found.effects - density.shared_init[density.effects]
+        keep = {"minima": found.theta, "effects": mode / density.shared_scale[density.effects]}
+        info = StepInfo(
+            float(total.detach()), len(tasks) * found.info.gradients, found.info.stats()
+        )
+        return Evaluated(info, list(grads), keep)
 
 
 def laplace_evidence(

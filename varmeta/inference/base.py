@@ -48,7 +48,8 @@ class Meta:
         origin: the prior at the start.
         density: gives φ its start and units.
         raw: leaf tensors `loc` `[D]`, `log_scale` `[M]`, `shared` `[P]` and, for a low-rank prior,
-            `factor` `[D, R]`, all zero at the start.
+            `factor` `[D, R]`, all zero at the start. Where shared effects are integrated out they
+            are `effects`, without a gradient, and `shared` has the other entries of φ.
     """
 
     origin: GaussianPrior
@@ -63,13 +64,21 @@ class Meta:
         *,
         learn_loc: bool = True,
         learn_scale: bool = True,
+        integrate: bool = False,
     ) -> Meta:
-        """Everything at its origin; what is not learned needs no gradient."""
+        """Everything at its origin; what is not learned needs no gradient.
+
+        With `integrate` the shared effects (`Density.effects`) are none of what is learned.
+        """
+        apart = len(density.effects) if integrate else 0
+        shared = density.shared_init.new_zeros(density.shared_dim - apart)
         raw = {
             "loc": torch.zeros_like(prior.loc).requires_grad_(learn_loc),
             "log_scale": torch.zeros_like(prior.log_scale).requires_grad_(learn_scale),
-            "shared": torch.zeros_like(density.shared_init).requires_grad_(density.shared_dim > 0),
+            "shared": shared.requires_grad_(len(shared) > 0),
         }
+        if apart:
+            raw["effects"] = density.shared_init.new_zeros(apart)
         if prior.factor is not None:
             raw["factor"] = torch.zeros_like(prior.factor).requires_grad_(learn_scale)
         return cls(prior, density, raw)
@@ -90,7 +99,13 @@ class Meta:
     @property
     def shared(self) -> Tensor:
         """φ `[P]`, unconstrained, differentiable in `raw`."""
-        return self.density.shared_init + self.density.shared_scale * self.raw["shared"]
+        raw, density = self.raw["shared"], self.density
+        if "effects" in self.raw:
+            apart = torch.zeros(density.shared_dim, dtype=torch.bool, device=raw.device)
+            apart[density.effects] = True
+            places = torch.cat([(~apart).nonzero()[:, 0], density.effects])
+            raw = torch.cat([raw, self.raw["effects"]])[places.argsort()]
+        return density.shared_init + density.shared_scale * raw
 
     def keep_bounds(self) -> None:
         """Put scales that a step has moved beyond their bounds back to the nearer one."""
@@ -278,6 +293,20 @@ class Strategy(Checked, ABC):
     def shortfall(self, state: State) -> str:
         """Why a run that has not arrived ended, in words; empty: the limit of steps came first."""
         return ""
+
+    def check_shared(self, density: Density) -> None:
+        """Raise a ValueError where shared effects (`Density.effects`) are none of its business.
+
+        As points they have no answer; a strategy that draws them or integrates over them has one.
+        """
+        if len(density.effects):
+            site = next(site for site in density.shared_sites if site.depends == "spread")
+            raise ValueError(
+                f"{self.name} takes shared latents as points, whose most likely spread is 0 "
+                f"whatever the data say, and the spread of the prior of {site.name!r} depends on "
+                "another one; use LaplaceEvidence, which integrates over them, or PyroSVI or "
+                f"PyroNUTS, or give the prior of {site.name!r} a fixed spread"
+            )
 
     @property
     def point_scales(self) -> bool:

@@ -102,7 +102,8 @@ def fit(
         TypeError: a strategy, density or tasks that are none.
         ValueError: a task without support rows, or whose data do not fit the model (see
             `Density.check_tasks`; of a stream the first batch is looked at), a batch size out of
-            range, a checkpoint of another run: the message says in what it differs.
+            range, a strategy that cannot have a shared latent whose prior has a learned spread, a
+            checkpoint of another run: the message says in what it differs.
         NotWritten: the checkpoint cannot be written; found before the first step, save for a disk
             that fills up.
         BrokenFile: the checkpoint is none, or damaged.
@@ -120,6 +121,7 @@ def fit(
     require_kind("tasks", tasks, (Tasks, TaskSource), HOW_TASKS)
     seen = tasks.batch(0) if isinstance(tasks, TaskSource) else tasks
     seen.require_rows("tasks")
+    strategy.check_shared(density)
     density.check_tasks(finite_tasks(seen) if isinstance(tasks, TaskSource) else seen)
     training = strategy.prepare(tasks, seed)
     if batch_size is not None:

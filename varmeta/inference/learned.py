@@ -76,6 +76,9 @@ def names(meta: Meta) -> list[str]:
         for s in density.shared_sites
         for k in range(s.size)
     ]
+    if "effects" in meta.raw:  # what is integrated out is not learned
+        apart = set(density.effects.tolist())
+        shared = [label for k, label in enumerate(shared) if k not in apart]
     known = {"loc": sites, "log_scale": list(meta.origin.modules.names), "shared": shared}
     for name, tensor in learned(meta).items():
         labels = known.get(name)

@@ -20,6 +20,7 @@ from pyro.ops.stats import split_gelman_rubin
 from torch import Tensor
 
 from varmeta.checked import Count, Within
+from varmeta.inference.amortised import LaplaceEvidence
 from varmeta.inference.base import Batch, Meta, State, StepInfo, Strategy, check_finite
 from varmeta.inference.fit import fit
 from varmeta.inference.joint import JointVariational
@@ -34,6 +35,8 @@ from varmeta.seeds import global_rng
 from varmeta.tasks import Tasks, TaskSource
 
 _QUICK_STEPS = 400
+_FEW_STEPS = 10  # of a quasi-Newton method
+_FAR = 3.0  # no chain starts farther out, in log scales and in standard deviations of φ's prior
 _CHAIN = ("position", "slope", "energy", "adaptation", "count")  # see `Kernel`
 _JUDGED = 100  # draws per chain from which R-hat is worth reading
 _MIXED = 1.05
@@ -78,6 +81,9 @@ class PyroNUTS(Strategy):
         """The R-hat that is too large."""
         worst = float(state.tensors["rhat"])
         return "" if worst <= _MIXED else f"the chains disagree: worst R-hat {worst:.3f}"
+
+    def check_shared(self, density: Density) -> None:
+        """All of φ is drawn."""
 
     @property
     def point_scales(self) -> bool:
@@ -255,10 +261,18 @@ class PyroNUTS(Strategy):
         # begin there. What such a fit says of itself does not concern the user.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
-            strategy = JointVariational(q="diagonal", steps=_QUICK_STEPS)
+            strategy: Strategy = JointVariational(q="diagonal", steps=_QUICK_STEPS)
+            if len(density.effects):  # whose spread that would take to 0
+                strategy = LaplaceEvidence(steps=_FEW_STEPS)
             quick = fit(strategy, density, tasks, prior=prior, progress=False)
         kernel.count += quick.gradients // len(tasks)
         learned, shared = quick.state.meta.fixed()
+        if len(density.effects):
+            low = prior.log_scale.detach() - _FAR
+            learned = learned.moved(learned.loc, learned.log_scale.clamp(min=low), None)
+            width = _FAR * density.shared_scale
+            start = density.shared_init
+            shared = shared.clamp(start - width, start + width)
         z = (quick.posterior().mean - learned.loc) / learned.scale
         values = {"loc": learned.loc, "scale": learned.log_scale.exp(), "z": z}
         for name, value in density.constrain_shared(shared).items():

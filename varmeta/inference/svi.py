@@ -92,7 +92,8 @@ class PyroSVI(Strategy):
         draws: of the guide, kept in a posterior.
         vectorise: make all draws of the guide at once, in a plate at `dim=-2`, and not one after
             another. Unset, Pyro's autoguides do and a guide written by hand does not: it must not
-            count dimensions from the left, and have no other plate there.
+            count dimensions from the left, and have no other plate there. Where a shared latent's
+            prior depends on another one, draws are made one after another.
 
     Raises:
         ValueError: a guide that is not callable; fewer than one sample, or than two draws.
@@ -133,6 +134,16 @@ class PyroSVI(Strategy):
     def num_steps(self) -> int:
         """`steps`."""
         return self.steps
+
+    def check_shared(self, density: Density) -> None:
+        """φ has a guide, unless it is a point."""
+        if self.point_globals:
+            super().check_shared(density)
+        elif self.vectorise and any(site.depends for site in density.shared_sites):
+            raise ValueError(
+                "vectorise=True: the prior of a shared latent depends on another one, and is made "
+                "for one draw at a time; leave vectorise unset"
+            )
 
     @property
     def point_scales(self) -> bool:
@@ -259,6 +270,7 @@ class PyroSVI(Strategy):
             elif points:
                 guide = _both(AutoDelta(poutine.block(start, expose=names)), part)
             at_once = isinstance(part, AutoGuide) if self.vectorise is None else self.vectorise
+            at_once &= not any(site.depends for site in meta.density.shared_sites)
             self._check_sites(latents, guide, at_once)
             if isinstance(part, torch.nn.Module):  # a flow is made in PyTorch's default data type
                 part.to(device=like.device, dtype=like.dtype)

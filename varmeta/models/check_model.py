@@ -86,7 +86,8 @@ def check_model(density: Density, tasks: Tasks) -> None:
         deaf = {
             k
             for k in deaf
-            if torch.equal(before, rows(torch.where(index == k, there, here), tasks))
+            if torch.equal(before, rows(moved := torch.where(index == k, there, here), tasks))
+            and not _feeds(density, sites[k].name, here[density.dim :], moved[density.dim :])
         }
         if not deaf:
             return _check_gradient(density, tasks, here)
@@ -100,6 +101,20 @@ def check_model(density: Density, tasks: Tasks) -> None:
         "parameters of a module to be learned, the module itself must be the model "
         "(with forward(x, y)), or be lifted by varmeta.models.network"
     )
+
+
+def _feeds(density: Density, name: str, here: Tensor, there: Tensor) -> bool:
+    """Whether the prior of another shared latent is not the same at these two φ `[P]`."""
+    if not any(site.depends for site in density.shared_sites if site.name != name):
+        return False
+    before, after = density.shared_laws(here), density.shared_laws(there)
+    pairs = [
+        pair
+        for site in density.shared_sites
+        if site.depends and site.name != name
+        for pair in zip(tensors_in(before[site.name]), tensors_in(after[site.name]), strict=True)
+    ]
+    return not all(torch.equal(a, b) for a, b in pairs)
 
 
 def _check_priors(density: Density, tasks: Tasks) -> None:
@@ -252,6 +267,7 @@ def _check_gradient(density: Density, tasks: Tasks, flat: Tensor) -> None:
     with torch.enable_grad(), _OperationNames() as names:
         theta = leaf[: density.dim].expand(len(tasks), -1)
         total = density.log_likelihood(theta, tasks, leaf[density.dim :]).sum()
+        total = total + _of_priors(density, leaf[density.dim :])
     grad = torch.zeros_like(leaf)
     try:
         if total.requires_grad:
@@ -269,6 +285,17 @@ def _check_gradient(density: Density, tasks: Tasks, flat: Tensor) -> None:
                 f"{site.role} site {site.name!r} changes the log-likelihood, but its gradient is 0 "
                 f"everywhere ({flat_ones}); varmeta adapts by gradients: use a smooth operation"
             )
+
+
+def _of_priors(density: Density, shared: Tensor) -> Tensor:
+    """What the shared latents' priors say of other shared latents, and not of their own values."""
+    total = shared.new_zeros(())
+    if any(site.depends for site in density.shared_sites):
+        laws, values = density.shared_laws(shared), density.constrain_shared(shared.detach())
+        for site in density.shared_sites:
+            if site.depends:
+                total = total + laws[site.name].log_prob(values[site.name]).sum()
+    return total
 
 
 class _OperationNames(TorchDispatchMode):

@@ -50,7 +50,9 @@ class Density:
     flat unconstrained parameters θ `[T, D]`; the prior that the user wrote at each of them is
     replaced by the learned N(θ0, Σ), which starts from it (`GaussianPrior.from_density`). Latents
     named in `shared`, and every `pyro.param` or module parameter, have one value φ `[P]` for all
-    tasks: shared latents keep the user's own prior, params have a flat one. Given these, a row's
+    tasks: shared latents keep the user's own prior, which may depend on other shared latents
+    (crossed effects: `tau`, and a vector `item ~ Normal(0, tau)`; see `LaplaceEvidence`), params
+    have a flat one. Given these, a row's
     likelihood must depend on that row alone, and on no Python state that changes. Or all rows of a
     task are one draw (a Gaussian process, a time series): all tasks must then have the same number
     of rows, a task is the unit of scoring, and each row is given an equal part of its task's nats.
@@ -98,7 +100,7 @@ class Density:
         first = tasks.select([0])
         x, y = first.inputs[0], first.targets[0]
         _check_precision(tasks)
-        self.model = model
+        self.model, self._example = model, (x, y)
         self.target_shape = y.shape[1:]
         self.input_shape = x.shape[1:]
         sites, self.observed, self.joint = read_sites(model, x, y, shared)
@@ -220,12 +222,31 @@ class Density:
         The density is that of the constrained values (no Jacobian), so that its mode does not
         depend on the transform.
         """
-        total = shared.new_zeros(())
+        total, laws = shared.new_zeros(()), self.shared_laws(shared)
         for site, flat in zip(self.shared_sites, self._split(shared, "shared"), strict=True):
             if site.prior is not None:
                 with validation_off():
-                    total = total + site.prior.log_prob(site.constrain(flat)).sum()
+                    total = total + laws[site.name].log_prob(site.constrain(flat)).sum()
         return total
+
+    def shared_laws(self, shared: Tensor) -> dict[str, Any]:
+        """The prior of each shared latent by name, given the values φ `[P]` of those before it."""
+        laws = {site.name: site.prior for site in self.shared_sites if site.prior is not None}
+        depending = [site.name for site in self.shared_sites if site.depends]
+        if depending:
+            nodes = self._trace(self.prior_loc, shared, *self._example).nodes
+            laws |= {name: law_in(shared.dtype, nodes[name]["fn"]) for name in depending}
+        return laws
+
+    @property
+    def effects(self) -> Tensor:
+        """Coordinates of φ whose prior's spread is that of another shared latent, `[M]` int.
+
+        As points they have no answer: the most likely spread of a vector of points is 0, or, where
+        they are written as a spread times standard normal ones, much too large.
+        """
+        wanted = [s.depends == "spread" for s in self.shared_sites for _ in range(s.size)]
+        return torch.tensor(wanted, dtype=torch.bool).nonzero()[:, 0].to(self.prior_loc.device)
 
     def constrain(self, theta: Tensor) -> dict[str, Tensor]:
         """Flat `[..., D]` to `{site: [..., *shape]}` on the model's own scale."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
+from varmeta.models.sites import Site
 from varmeta.tasks import Tasks
 
 
@@ -25,10 +27,11 @@ def hierarchy(
     """θ0, scales and φ from their hyperpriors, θ_i ~ N(θ0, Σ) in a plate, y_i ~ the user's model.
 
     Sites: `loc` `[D]`; `scale` `[M]`; `shared_<name>` for each shared latent, with the user's own
-    prior; `theta` `[T, D]`, a deterministic function of `z ~ N(0, I)` unless `centred`. Returned is
-    θ. The model takes no arguments: `pyro.infer.NUTS(hierarchy(density, prior, tasks))`. In an
-    outer plate at `dim=-2` (Pyro's vectorised particles) the sites outside the plate of tasks get
-    leading dimensions `[S, 1]`, those inside `[S, T]`. Without `likelihood` the data are left out.
+    prior, given other shared latents where it depends on these; `theta` `[T, D]`, a deterministic
+    function of `z ~ N(0, I)` unless `centred`. Returned is θ. The model takes no arguments:
+    `pyro.infer.NUTS(hierarchy(density, prior, tasks))`. In an outer plate at `dim=-2` (Pyro's
+    vectorised particles) the sites outside the plate of tasks get leading dimensions `[S, 1]`,
+    those inside `[S, T]`. Without `likelihood` the data are left out.
 
     Raises:
         ValueError: no hyperprior, or one that is flat in the scales (which have no Bayesian answer
@@ -56,12 +59,11 @@ def hierarchy(
     def model() -> Tensor:
         loc = pyro.sample("loc", dist.Normal(belief.loc, belief.width).to_event(1))
         scale = pyro.sample("scale", belief.scales().to_event(1))
-        parts = [
-            site.unconstrain(
-                pyro.sample(f"shared_{site.name}", site.prior.to_event(len(site.prior.batch_shape)))
-            )
-            for site in density.shared_sites
-        ]
+        parts = list[Tensor]()
+        for site in density.shared_sites:
+            law = _law(density, site, parts)
+            value = pyro.sample(f"shared_{site.name}", law.to_event(len(law.batch_shape)))
+            parts.append(site.unconstrain(value))
         sd = scale[..., prior.groups]
         with pyro.plate("tasks", len(tasks), dim=-1):
             if centred:
@@ -74,6 +76,20 @@ def hierarchy(
         return theta
 
     return model
+
+
+def _law(density: Density, site: Site, before: list[Tensor]) -> Any:
+    """The prior of a shared latent, given the values of those before it in the model."""
+    if not site.depends:
+        return site.prior
+    known = torch.cat(before, -1)
+    if known.dim() > 1:
+        raise ValueError(
+            f"the prior of {site.name!r} depends on another shared latent, and is made for one "
+            "draw at a time: leave out the outer plate (vectorize_particles, vectorise)"
+        )
+    rest = density.shared_init[known.shape[-1] :]
+    return density.shared_laws(torch.cat([known, rest]))[site.name]
 
 
 def _likelihood(density: Density, theta: Tensor, tasks: Tasks, parts: list[Tensor]) -> Tensor:

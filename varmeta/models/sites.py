@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pyro
@@ -45,6 +45,9 @@ class Site:
             closed form (a Cauchy, a Wishart), half the central 68% range, which for a normal law is
             the same: from the law's quantiles, or from 4,001 draws.
         parameter: for a plain `nn.Parameter` of the model (itself a module), its name in there.
+        depends: for a shared latent, what of its prior changes with other shared latents: nothing,
+            its `"location"` alone, or its `"spread"` too. `prior`, `loc` and `scale` are then those
+            where the others are at their own locations.
     """
 
     name: str
@@ -57,6 +60,7 @@ class Site:
     loc: Tensor
     scale: Tensor
     parameter: str | None = None
+    depends: Literal["", "location", "spread"] = ""
 
     @property
     def size(self) -> int:
@@ -96,9 +100,17 @@ def run(model: Model, x: Tensor, y: Tensor | None, inside: dict[str, Tensor] | N
         return torch.func.functional_call(model, frozen | (inside or {}), (x, y))
 
 
-def probe(model: Model, x: Tensor, y: Tensor, seed: int = 0) -> Any:
-    """One trace of the model on one task, global random state and parameter store left alone."""
-    with pyro_untouched(), global_rng(generator(seed)), _DataType(_float_type(model, x)):
+def probe(model: Model, x: Tensor, y: Tensor, seed: int = 0, located: Sequence[str] = ()) -> Any:
+    """One trace of the model on one task, global random state and parameter store left alone.
+
+    The latents `located` are at the location of their prior, the others are drawn.
+    """
+    with (
+        pyro_untouched(),
+        global_rng(generator(seed)),
+        _AtLocation(located),
+        _DataType(_float_type(model, x)),
+    ):
         try:
             return poutine.trace(run).get_trace(model, x, y)
         except Exception as error:
@@ -140,6 +152,22 @@ class Answer(Messenger):
             msg["done"] = True
 
 
+class _AtLocation(Messenger):
+    """Answer these latents with the location of their prior, given those before them."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = set(names)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.names and msg["value"] is None:
+            fn = msg["fn"]
+            transform, drawn = biject_to(fn.support), fn()
+            loc, _ = _location_and_scale(fn, transform, drawn)
+            msg["value"] = transform(loc.reshape(transform.inv(drawn).shape)).to(drawn.dtype)
+            msg["done"] = True
+
+
 class _DataType(Messenger):
     """Latents and params take the data's floating type, as they do in every later evaluation."""
 
@@ -173,7 +201,8 @@ def read_sites(
 
     Raises:
         ValueError: whatever cannot be a task model: no observed or no latent site, a discrete
-            latent, a latent whose shape follows the data or whose prior depends on another latent,
+            latent, a latent whose shape follows the data or whose prior depends on another latent
+            (where not both are shared),
             sites that change from run to run, a likelihood without a value for each row or for all.
     """
     trace, again = probe(model, x, y, 0), probe(model, x, y, 1)
@@ -223,14 +252,14 @@ def read_sites(
             _check_latent(name, node, longer, len(y))
             site = _latent_site(name, node, "shared" if name in shared else "adapted", like)
             other = _latent_site(name, again.nodes[name], site.role, like)
-            middle = site.constrain(site.loc), other.constrain(site.loc)
-            pairs = (middle, (site.loc, other.loc), (site.scale, other.scale))
-            if not all(torch.allclose(a, b) for a, b in pairs):
-                raise ValueError(
-                    f"the prior of latent {name!r} changes with another latent; varmeta puts a "
-                    "learned Gaussian prior over each latent, so write plain priors and leave the "
-                    "hierarchy to it"
-                )
+            if not _same_law(site, other):
+                if site.role == "adapted":
+                    raise ValueError(
+                        f"the prior of latent {name!r} changes with another latent; varmeta puts a "
+                        "learned Gaussian prior over each latent that adapts to a task, so write "
+                        "plain priors for these and leave the hierarchy to it"
+                    )
+                site = _dependent_site(model, x, y, shared, site, other)
             sites.append(site)
     known = {site.parameter for site in sites} | {f"{n}_unconstrained" for n in trace.nodes}
     for name, parameter in owners.items():  # those that Pyro did not announce
@@ -242,6 +271,40 @@ def read_sites(
             "pyro.sample(name, prior) that is not listed in shared"
         )
     return sites, observed, joint
+
+
+def _same_law(one: Site, other: Site) -> bool:
+    middle = one.constrain(one.loc), other.constrain(one.loc)
+    pairs = (middle, (one.loc, other.loc), (one.scale, other.scale))
+    return all(torch.allclose(a, b) for a, b in pairs)
+
+
+def _dependent_site(
+    model: Model, x: Tensor, y: Tensor, shared: Sequence[str], site: Site, other: Site
+) -> Site:
+    """A shared latent whose prior changes with other shared ones, and with nothing else.
+
+    Raises:
+        ValueError: it changes with a latent that adapts to a task, or its support changes.
+    """
+    name, like = site.name, torch.empty((), dtype=_float_type(model, x), device=x.device)
+    here, there = (
+        _latent_site(name, probe(model, x, y, seed, located=shared).nodes[name], "shared", like)
+        for seed in (0, 1)
+    )
+    if not _same_law(here, there):
+        raise ValueError(
+            f"the prior of shared latent {name!r} changes with a latent that adapts to a task, "
+            "and there is one of these for each task: list that one in shared too, or write a "
+            f"prior for {name!r} that does not depend on it"
+        )
+    if not torch.allclose(site.constrain(here.loc), other.constrain(here.loc)):
+        raise ValueError(
+            f"the support of shared latent {name!r} changes with another latent; write a law of "
+            "fixed support, and scale or shift its value in the model"
+        )
+    same = torch.allclose(site.scale, other.scale)
+    return replace(here, depends="location" if same else "spread")
 
 
 def _check_latent(name: str, node: Any, longer: Any, rows: int) -> None:
