@@ -264,11 +264,11 @@ TABLE = [
     bad("target", lambda: frame(target="z"), "target: no column 'z'", "have: county, x, gap"),
     bad("a string", lambda: frame(inputs="x"), "inputs must be a list", "got the string 'x'"),
     bad("text", lambda: frame(target="text"), "'text' holds 'u' in row 0, which is no", "encode"),
-    bad("dates", lambda: frame(inputs=["when"]), "'when' holds 2020-01-01", "row 0", "encode"),
+    bad("dates", lambda: frame(target="when"), "'when' holds 2020-01-01", "row 0", "encode"),
     bad(
         "gap",
         lambda: frame(inputs=["gap"]),
-        *("'gap' holds nan in row 1, which is a missing value (2 rows in all)", "drop or fill"),
+        *("'gap' holds nan in row 1, which is a missing value", "drop or fill"),
     ),
     bad(
         "no task given",
