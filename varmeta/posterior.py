@@ -349,22 +349,26 @@ class Gaussian(TaskPosterior):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Draws(TaskPosterior):
-    """Draws of each task. `draws`: `[S, T, D]`, chain after chain; `num_chains` divides S."""
+    """Draws of each task. `draws`: `[S, T, D]`, chain after chain; `num_chains` divides S.
+
+    `moments`: mean and standard deviation `[T, D]` where they are known better than from the draws.
+    """
 
     draws: Tensor
     num_chains: int = 1
+    moments: tuple[Tensor, Tensor] | None = None
 
     kind: ClassVar[str] = "draws"
 
     @property
     def mean(self) -> Tensor:
         """`[T, D]`."""
-        return self.draws.mean(0)
+        return self.draws.mean(0) if self.moments is None else self.moments[0]
 
     @property
     def sd(self) -> Tensor:
         """`[T, D]`."""
-        return self.draws.std(0)
+        return self.draws.std(0) if self.moments is None else self.moments[1]
 
     def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """All draws in their order if `count` is S; thinned evenly if smaller; else resampled."""
@@ -392,7 +396,10 @@ class Draws(TaskPosterior):
         return replace(self, draws=self.draws[index], shared=shared, num_chains=1)
 
     def _taken(self, index: Tensor) -> dict[str, Any]:
-        return {**super()._taken(index), "draws": self.draws[:, index]}
+        taken = {**super()._taken(index), "draws": self.draws[:, index]}
+        if self.moments is not None:
+            taken["moments"] = (self.moments[0][index], self.moments[1][index])
+        return taken
 
 
 def _some(names: tuple[str, ...]) -> str:

@@ -275,6 +275,10 @@ class Strategy(Checked, ABC):
         """Whether the run ends by a test of its own, so that ending at the limit says something."""
         return False
 
+    def has_converged(self, state: State) -> bool:
+        """Whether a run that ended did so because it had arrived, where `is_tested`."""
+        return bool(state.arrived)
+
     def shortfall(self, state: State) -> str:
         """Why a run that has not arrived ended, in words; empty: the limit of steps came first."""
         return ""

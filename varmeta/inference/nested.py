@@ -1,0 +1,451 @@
+"""Nested Laplace: the posterior of the prior itself, and of every task given all of it.
+
+With every θ_i integrated out by Laplace's approximation (`marginal.py`) what is left is a density
+of few dimensions, log p̂(D | ψ) + log p(ψ) for ψ = (θ0, log scales, φ). Its mode is found without
+noise; draws come from a t distribution fitted there and are weighed by the density (importance
+sampling, Pareto smoothed); each has its tasks' Gaussians around their modes. The nearest relatives
+are INLA (Rue, Martino & Chopin, 2009), there with a grid over ψ, and TMB (Kristensen et al., 2016);
+Tierney & Kadane (1986) have the error of the approximation.
+
+Where a task is no parabola, Laplace's value is corrected by importance sampling around its mode,
+with the same random numbers for every ψ, so that what errors are left hardly depend on it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from varmeta.checked import Count, Positive, Within
+from varmeta.importance import good_k, smooth
+from varmeta.inference.base import (
+    Batch,
+    Meta,
+    State,
+    StepInfo,
+    Strategy,
+    check_finite,
+)
+from varmeta.inference.belief import Belief
+from varmeta.inference.correction import Correction, needed
+from varmeta.inference.laplace import MAX_DIM
+from varmeta.inference.learned import EXACT, Evaluated, flat, put
+from varmeta.inference.marginal import Marginal, Points, Reference, reference
+from varmeta.inference.nested_posterior import task_draws
+from varmeta.inference.proposal import FIELDS, Proposal, fitted, resampled
+from varmeta.inference.quasi_newton import QuasiNewton
+from varmeta.models.density import Density
+from varmeta.models.prior import GaussianPrior
+from varmeta.posterior import TaskPosterior
+from varmeta.seeds import generator as new_generator
+from varmeta.tasks import Tasks, TaskSource
+
+MAX_SHARED = 100  # numbers in ψ; importance weights of more are hopeless
+_CLIMB, _LOOK, _DRAW = range(3)  # what a step does
+_STEP = 0.05  # standard errors, of the differences that give the curvature
+_WIDEST = 3.0  # standard deviations of the prior, of the proposal along any axis
+_REACH = (1.5, 3.0)  # standard deviations, where the proposal's sides are measured
+_SIDES = (0.5, 4.0)
+_ENOUGH = 0.25  # effective draws, as a share of the draws that are wanted
+
+
+@dataclass(frozen=True, kw_only=True)
+class NestedLaplace(Strategy):
+    """The posterior of θ0, scales and φ as well as of every task, by Laplace within and draws.
+
+    Attributes:
+        steps: of the quasi-Newton method on the way to the mode, at most.
+        tolerance: how far from the mode it may end, in standard errors.
+        draws: of ψ, in a posterior. Half as many are proposed in each round, until a quarter as
+            many are effective.
+        rounds: of proposals at most. After one whose weights are not to be trusted (Pareto k̂) the
+            proposal is fitted anew to what was drawn, as a mixture of more and more components.
+        points: around each task's mode, by which Laplace's evidence is checked and, where the task
+            is no parabola, corrected; 0 for Laplace alone.
+
+    Raises:
+        ValueError: a number out of range.
+    """
+
+    may_stay: ClassVar[bool] = True
+
+    steps: Count = 200
+    tolerance: Positive = EXACT
+    draws: Annotated[int, Within(20)] = 1000
+    rounds: Count = 6
+    points: Annotated[int, Within(0)] = 64
+
+    @property
+    def num_steps(self) -> int:
+        """Steps to the mode, one that looks around there, and rounds of draws."""
+        return self.steps + 1 + self.rounds
+
+    @property
+    def point_scales(self) -> bool:
+        """False: they have a posterior of their own."""
+        return False
+
+    def is_tested(self, state: State) -> bool:
+        """By the weights of the draws."""
+        return True
+
+    def has_converged(self, state: State) -> bool:
+        """Whether the mode was found, and the weights are to be trusted."""
+        return bool(state.arrived) and not _marks(state)["short"]
+
+    def shortfall(self, state: State) -> str:
+        """What is not to be trusted."""
+        return state.arrived if _marks(state)["short"] else ""
+
+    def prepare(self, tasks: Tasks | TaskSource, seed: int) -> Tasks:
+        """All rows of the tasks; a stream has no end to condition on."""
+        if isinstance(tasks, TaskSource):
+            raise ValueError(f"{self.name} needs Tasks, not an endless TaskSource")
+        return tasks.unsplit
+
+    def init(
+        self,
+        density: Density,
+        prior: GaussianPrior,
+        tasks: Tasks | TaskSource,
+        generator: torch.Generator,
+    ) -> State:
+        """θ0, scales and φ at the user's prior.
+
+        Raises:
+            ValueError: a low-rank prior, or one with bounds; too many shared numbers or
+                coordinates.
+        """
+        assert isinstance(tasks, Tasks)
+        self._check(density, prior)
+        meta = Meta.start(density, prior)
+        count = len(Belief(meta).free)
+        if count > MAX_SHARED:
+            raise ValueError(
+                f"θ0, scales and shared parameters are {count} numbers, and {self.name} integrates "
+                f"over {MAX_SHARED} at most: name fewer sites in shared=, give fewer scales "
+                "(scales='all'), or use LaplaceEvidence (points) or PyroSVI"
+            )
+        tensors, optimisers = self._quasi_newton.begin(meta)
+        tensors["minima"] = prior.loc.new_full((len(tasks), density.dim), torch.nan)
+        state = State(meta, optimisers, tensors)
+        state.counts["nested"] = [_CLIMB, 0, 0, 0]
+        return state
+
+    def step(
+        self, density: Density, state: State, batch: Batch, generator: torch.Generator
+    ) -> StepInfo:
+        """One step to the mode, a look around there, or a round of draws."""
+        batch.require_all(self.name)
+        belief, marginal = Belief(state.meta), self._marginal(density, state, batch.tasks)
+        spent = marginal.evaluations
+        with state.unless_it_fails():
+            match state.counts["nested"][0]:
+                case 0:
+                    info = self._climb(belief, marginal, state, batch)
+                case 1:
+                    self._look(belief, marginal, state, generator)
+                    info = self._unmoved(state, batch)
+                case _:
+                    self._draw(belief, marginal, state, generator)
+                    info = self._unmoved(state, batch)
+        info.gradients = marginal.evaluations - spent
+        return info
+
+    def adapt(
+        self, density: Density, state: State, tasks: Tasks, generator: torch.Generator
+    ) -> TaskPosterior:
+        """Of tasks that were not in the run: each draw of ψ counts by what the task says of it."""
+        return self._task_draws(density, state, tasks, generator, fresh=True)
+
+    def posterior(
+        self, density: Density, state: State, tasks: Tasks, generator: torch.Generator
+    ) -> TaskPosterior:
+        """Of the training tasks, of which the draws of ψ know already."""
+        return self._task_draws(density, state, tasks, generator, fresh=False)
+
+    # -- private ----------------------------------------------------------------------------------
+
+    @property
+    def _quasi_newton(self) -> QuasiNewton:
+        return QuasiNewton(self.tolerance, self.steps)
+
+    def _check(self, density: Density, prior: GaussianPrior) -> None:
+        if prior.factor is not None:
+            raise ValueError(f"{self.name} takes a diagonal prior; build it with rank=0")
+        if prior.bounds is not None:
+            raise ValueError(
+                f"{self.name} knows no bounds of the scales; build the prior without bounds"
+            )
+        if density.dim > MAX_DIM:
+            raise ValueError(
+                f"a task has {density.dim} coordinates, and {self.name} takes {MAX_DIM} at most; "
+                "use JointVariational"
+            )
+
+    def _marginal(self, density: Density, state: State, tasks: Tasks) -> Marginal:
+        if "marginal" not in state.cache:
+            state.cache["marginal"] = Marginal(density, tasks)
+        found: Marginal = state.cache["marginal"]
+        return found
+
+    def _climb(
+        self, belief: Belief, marginal: Marginal, state: State, batch: Batch
+    ) -> StepInfo:
+        """A step of the quasi-Newton method on −log p̂(D | ψ) − log p(ψ)."""
+        meta, total = state.meta, batch.total
+
+        def evaluate() -> Evaluated:
+            raw = belief.raw[None]
+            start = _known(state.tensors["minima"], meta)
+            found = marginal.total(belief.points(raw), start, gradient=True)
+            check_finite(found.losses, batch.tasks, state.step)
+            assert found.gradient is not None
+            before, slope = belief.log_prob_and_gradient(raw)
+            value = -float(found.log_evidence + before) / total
+            slope = -(belief.pulled_back(found.gradient) + slope)[0] / total
+            leaves = meta.leaves()
+            grads = slope.split([t.numel() for t in leaves])
+            stats = {"converged": ~found.unsolved[0]}
+            return Evaluated(StepInfo(value, 0, stats), list(grads), {"minima": found.theta})
+
+        info = self._quasi_newton.step(state, evaluate, total)
+        last = state.counts["nested"][1] + 1 >= self.steps
+        state.counts["nested"][1] += 1
+        if state.arrived or last:
+            state.counts["nested"][0] = _LOOK
+            state.counts["nested"][3] = int(not state.arrived)
+            state.arrived = ""
+        return info
+
+    def _unmoved(self, state: State, batch: Batch) -> StepInfo:
+        """The mode's loss, of a step that does not move it."""
+        return StepInfo(float(state.tensors["outer_loss"]) / batch.total, 0)
+
+    def _look(
+        self, belief: Belief, marginal: Marginal, state: State, noise: torch.Generator
+    ) -> None:
+        """At the mode: the curvature, how far the density reaches, and which tasks bend."""
+        tensors, free = state.tensors, belief.free
+        mode = belief.raw
+        centre, theta = belief.points(mode[None]), tensors["minima"]
+        known = reference(marginal, centre, theta)
+        fix, correct = needed(marginal, centre, known, self.points)
+        tensors |= {"mode": mode, "bent": fix, "task_k": correct}
+        target = self._target(belief, marginal, state)
+        units = tensors["outer_unit"][free]
+        moves = torch.diag(_STEP * units)
+        ends = torch.cat([mode[free] + moves, mode[free] - moves])
+        slopes = target.gradient(ends)
+        rows = -(slopes[: len(free)] - slopes[len(free) :]) / (2 * _STEP * units[:, None])
+        axes = _axes(0.5 * (rows + rows.T), units)
+        left, right = _sides(target, mode[free], axes)
+        count = torch.full_like(mode[:1], self.draws // 2)
+        made = Proposal(mode[free][None], axes[None], left[None], right[None], count)
+        tensors |= {f"proposal_{name}": getattr(made, name) for name in FIELDS}
+        tensors["psi"] = mode.new_zeros(0, len(free))
+        tensors["log_target"] = mode.new_zeros(0)
+        tensors["unsolved"] = torch.zeros(0, len(theta), dtype=torch.bool, device=mode.device)
+        state.counts["nested"][0] = _DRAW
+
+    def _target(self, belief: Belief, marginal: Marginal, state: State) -> Target:
+        tensors = state.tensors
+        if "target" not in state.cache:
+            mode = tensors["mode"]
+            known = reference(marginal, belief.points(mode[None]), tensors["minima"])
+            bent = tensors["bent"]
+            fix = Correction(marginal, bent, self.points) if bool(bent.any()) else None
+            state.cache["target"] = Target(belief, marginal, mode, known, fix)
+        found: Target = state.cache["target"]
+        return found
+
+    def _draw(
+        self, belief: Belief, marginal: Marginal, state: State, noise: torch.Generator
+    ) -> None:
+        """A round of draws; the last one, or one whose weights are good, ends the run."""
+        tensors, marks = state.tensors, state.counts["nested"]
+        target = self._target(belief, marginal, state)
+        proposal = Proposal(*(tensors[f"proposal_{name}"] for name in FIELDS))
+        new = proposal
+        if marks[2]:
+            found = _weights(tensors["log_target"], proposal.log_prob(tensors["psi"]))
+            if found[1] > good_k(len(found[0])):
+                new = fitted(tensors["psi"], found[0], min(marks[2], 5), self.draws // 2, noise)
+                proposal = proposal.joined(new)
+            else:
+                new = proposal.counting(self.draws // 2)
+                proposal = replace(proposal, count=proposal.count + new.count)
+        psi = new.sample(noise)
+        value, unsolved = target(psi)
+        tensors |= {f"proposal_{name}": getattr(proposal, name) for name in FIELDS}
+        tensors["psi"] = torch.cat([tensors["psi"], psi])
+        tensors["log_target"] = torch.cat([tensors["log_target"], value])
+        tensors["unsolved"] = torch.cat([tensors["unsolved"], unsolved])
+        marks[2] += 1
+        weights, k, ess = _weights(tensors["log_target"], proposal.log_prob(tensors["psi"]))
+        trusted = k <= good_k(len(weights)) and ess >= _ENOUGH * self.draws
+        if trusted or marks[2] == self.rounds:
+            self._finish(belief, state, weights, k, ess, noise, trusted)
+
+    def _finish(
+        self,
+        belief: Belief,
+        state: State,
+        weights: Tensor,
+        k: float,
+        ess: float,
+        noise: torch.Generator,
+        trusted: bool,
+    ) -> None:
+        """Draws of ψ, and θ0, scales and φ of the state: their posterior means."""
+        tensors, marks = state.tensors, state.counts["nested"]
+        pick = resampled(weights, self.draws, noise)
+        raw = tensors["mode"].repeat(self.draws, 1)
+        raw[:, belief.free] = tensors["psi"][pick]
+        points = belief.points(raw)
+        tensors |= {"loc": points.loc, "log_scale": points.log_scale, "shared": points.shared}
+        tensors |= {"psi_k": _scalar(k), "psi_ess": _scalar(ess)}
+        mean = tensors["mode"].clone()
+        mean[belief.free] = weights @ tensors["psi"]
+        put(state.meta, mean)
+        how = "one t distribution covers" if marks[2] == 1 else f"{_proposals(marks[2])} cover"
+        said = (
+            f"{how} the posterior of θ0, scales and φ: k̂ {k:.2f}, {ess:.0f} effective of "
+            f"{len(weights)} draws"
+        )
+        if not trusted:
+            said = (
+                f"{marks[2]} rounds of draws do not cover the posterior of θ0, scales and φ: k̂ "
+                f"{k:.2f}, {ess:.0f} effective of {len(weights)} draws"
+            )
+        if marks[3]:
+            said = f"the mode was not found in {self.steps} steps (raise steps); {said}"
+        marks[3] = int(bool(marks[3]) or not trusted)
+        state.arrived = said
+        _warn_of_unsolved(self.name, state, weights)
+
+    def _task_draws(
+        self,
+        density: Density,
+        state: State,
+        tasks: Tasks,
+        noise: torch.Generator,
+        *,
+        fresh: bool,
+    ) -> TaskPosterior:
+        tensors = state.tensors
+        if "loc" not in tensors:
+            raise ValueError(
+                f"{self.name} has no draws yet: the run was stopped at step {state.step}; go on "
+                "with it, by fit with the same checkpoint"
+            )
+        points = Points(
+            tensors["loc"], tensors["log_scale"], tensors["shared"], state.meta.origin.groups
+        )
+        start = None if fresh else tensors["minima"]
+        bent = None if fresh else tensors["bent"]
+        return task_draws(
+            density, tasks, points, self.points, noise, start=start, bent=bent, fresh=fresh
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """log p̂(D | ψ) + log p(ψ) of draws of what has a prior, in units of `Meta.raw`."""
+
+    belief: Belief
+    marginal: Marginal
+    mode: Tensor
+    known: Reference
+    correction: Correction | None
+
+    def points(self, psi: Tensor) -> Points:
+        """`[S, K]` to ψ."""
+        raw = self.mode.repeat(len(psi), 1)
+        raw[:, self.belief.free] = psi
+        return self.belief.points(raw)
+
+    def __call__(self, psi: Tensor) -> tuple[Tensor, Tensor]:
+        """`[S]` nats, and which tasks' modes were not found, `[S, T]` bool."""
+        points = self.points(psi)
+        found = self.marginal.total(points, self.known)
+        value = found.log_evidence + self.belief.log_prob(points)
+        if self.correction is not None:
+            value = value + self.correction(points, self.known)
+        return value.nan_to_num(nan=-torch.inf, posinf=-torch.inf), found.unsolved
+
+    def gradient(self, psi: Tensor) -> Tensor:
+        """`[S, K]`, without the correction's part."""
+        points = self.points(psi)
+        found = self.marginal.total(points, self.known, gradient=True)
+        assert found.gradient is not None
+        raw = self.mode.repeat(len(psi), 1)
+        raw[:, self.belief.free] = psi
+        _, slope = self.belief.log_prob_and_gradient(raw)
+        return (self.belief.pulled_back(found.gradient) + slope)[:, self.belief.free]
+
+
+def _marks(state: State) -> dict[str, int]:
+    phase, climbed, rounds, short = state.counts["nested"]
+    return {"phase": phase, "climbed": climbed, "rounds": rounds, "short": short}
+
+
+def _known(minima: Tensor, meta: Meta) -> Tensor:
+    """Each task's last minimum, or θ0."""
+    return torch.where(minima.isnan(), meta.fixed()[0].loc, minima)
+
+
+def _axes(curvature: Tensor, units: Tensor) -> Tensor:
+    """A `[K, K]` with AAᵀ the inverse curvature, no wider than the widest that is sensible."""
+    size = units * (curvature.diagonal() * units.square()).abs().clamp(min=1e-4).rsqrt()
+    values, vectors = torch.linalg.eigh(size[:, None] * curvature * size)
+    axes = size[:, None] * vectors * values.abs().clamp(min=1e-4).rsqrt()
+    length = axes.norm(dim=0)
+    return axes * (_WIDEST / length).clamp(max=1.0)
+
+
+def _sides(target: Target, centre: Tensor, axes: Tensor) -> tuple[Tensor, Tensor]:
+    """How far the density reaches along each axis to the left and right, in its own length."""
+    reach = torch.tensor(_REACH, dtype=axes.dtype, device=axes.device)
+    moves = (reach[:, None, None] * axes.T).flatten(0, 1)
+    psi = torch.cat([centre[None], centre + moves, centre - moves])
+    value, _ = target(psi)
+    drop = (value[0] - value[1:]).reshape(2, len(reach), -1)
+    # A normal's drop at r is ½ (r / side)².
+    side = reach[:, None] / (2 * drop.clamp(min=1e-6)).sqrt()
+    side = side.amax(1).clamp(*_SIDES)
+    return side[1], side[0]
+
+
+def _weights(log_target: Tensor, log_q: Tensor) -> tuple[Tensor, float, float]:
+    """Smoothed weights `[S]` whose sum is 1, Pareto's k̂ and the effective sample size."""
+    log_w = (log_target.double() - log_q.double()).cpu().numpy()
+    smoothed, k = smooth(log_w[None])
+    weights = torch.from_numpy(smoothed[0]).to(log_target.device).softmax(0)
+    return weights.to(log_target), float(k[0]), float(1 / weights.square().sum())
+
+
+def _scalar(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def _proposals(rounds: int) -> str:
+    return f"a mixture fitted in {rounds} rounds does not miss, and its draws"
+
+
+def _warn_of_unsolved(name: str, state: State, weights: Tensor) -> None:
+    """Name the tasks whose mode was not found for draws that count."""
+    share = weights @ state.tensors["unsolved"].to(weights)
+    state.tensors["task_unsolved"] = share
+    if float(share.max()) > 0.01:
+        warnings.warn(
+            f"{name}: the mode of {int((share > 0.01).sum())} tasks was not found for more than "
+            "1% of the posterior of θ0, scales and φ: their part of the evidence is not to be "
+            "trusted. Look for a kink in the model, or tighten its priors",
+            RuntimeWarning,
+            stacklevel=3,
+        )
