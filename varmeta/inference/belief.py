@@ -47,6 +47,12 @@ class Belief:
             keep.append(torch.full((site.size,), site.prior is not None))
         return torch.cat(keep).nonzero()[:, 0].to(self.meta.raw["loc"].device)
 
+    @property
+    def scales(self) -> Tensor:
+        """`[M]`, the positions of the log scales among what has a prior."""
+        dim, modules, _ = self.parts
+        return torch.arange(dim, dim + modules, device=self.free.device)
+
     @cached_property
     def labels(self) -> list[str]:
         """Of the whole vector."""

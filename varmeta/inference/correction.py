@@ -50,8 +50,7 @@ class Correction:
 
     def __call__(self, points: Points, known: Reference) -> Tensor:
         """`[S]` nats, over all tasks together."""
-        bent = self.bent
-        some = Reference(known.theta[bent], known.slope[bent], known.curvature[bent])
+        some = known.select(self.bent)
         total = points.loc.new_zeros(len(points))
         u = student_points(self.count, points.loc)
         for block in self._part.blocks(points, some, copies=len(u)):
@@ -103,7 +102,7 @@ def needed(
         return bent, k
     index = torch.linspace(0, tasks - 1, min(tasks, _ASKED), device=like.device).round().long()
     asked = Marginal(marginal.density, marginal.tasks.select(index))
-    some = Reference(known.theta[index], known.slope[index], known.curvature[index])
+    some = known.select(index)
     size = torch.zeros(len(index), dtype=like.dtype, device=like.device)
     u = student_points(_CHECKS, like)
     for block in asked.blocks(points.select(slice(0, 1)), some, copies=len(u)):

@@ -30,6 +30,7 @@ from varmeta.tasks import Tasks
 _NEWTON = 60  # steps at most, shortened ones counted
 _SHORTEST = 2.0**-30
 _ARMIJO = 1e-4
+_SMALL = 50_000  # numbers in a tensor: all tasks in one call, padding and all
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +68,8 @@ class Points:
 class Reference:
     """Each task's f_i to second order at one point, from which modes are predicted.
 
+    Without a slope and a curvature the point itself is the prediction.
+
     Attributes:
         theta: `[T, D]`.
         slope: `[T, D]`, ∇f_i.
@@ -74,14 +77,22 @@ class Reference:
     """
 
     theta: Tensor
-    slope: Tensor
-    curvature: Tensor
+    slope: Tensor | None = None
+    curvature: Tensor | None = None
+
+    def select(self, index: Tensor | slice) -> Reference:
+        """Of these tasks."""
+        if self.slope is None or self.curvature is None:
+            return Reference(self.theta[index])
+        return Reference(self.theta[index], self.slope[index], self.curvature[index])
 
     def predict(self, index: Tensor, points: Points) -> Tensor:
         """z_i* `[S, t, D]` of these tasks were f_i its parabola here, whatever φ."""
-        theta, slope, curved = self.theta[index], self.slope[index], self.curvature[index]
-        scale = points.scale[:, None]
-        offset = theta - points.loc[:, None]
+        scale, here = points.scale[:, None], self.select(index)
+        slope, curved = here.slope, here.curvature
+        offset = here.theta - points.loc[:, None]
+        if slope is None or curved is None:
+            return offset / scale
         right = scale * ((curved @ offset[..., None])[..., 0] - slope)
         matrix = _whitened(curved, scale)
         root, _ = torch.linalg.cholesky_ex(matrix)
@@ -147,14 +158,14 @@ class Total:
         gradient: in θ0, the log scales and φ, as `Points`; None where it was not asked for.
         unsolved: `[S, T]` bool, tasks whose mode was not found.
         losses: `[T]` nats, −log p̂(D_i | ψ) for the first ψ.
-        theta: `[T, D]`, the modes for the first ψ.
+        known: every f_i at its mode for the first ψ.
     """
 
     log_evidence: Tensor
     gradient: Points | None
     unsolved: Tensor
     losses: Tensor
-    theta: Tensor
+    known: Reference
 
 
 class Marginal:
@@ -171,13 +182,13 @@ class Marginal:
     def __init__(self, density: Density, tasks: Tasks) -> None:
         self.density, self.tasks = density, tasks
         self.evaluations = 0
-        self._buckets = parts.by_length(tasks) if not density.joint else None
+        self._buckets: list[parts.Part] | None = None
         self._numbers = 0
 
     def total(
         self,
         points: Points,
-        start: Tensor | Reference,
+        start: Reference,
         *,
         gradient: bool = False,
     ) -> Total:
@@ -185,7 +196,7 @@ class Marginal:
 
         Args:
             points: S values of ψ.
-            start: `[T, D]`, or a `Reference`, from which the modes are sought.
+            start: from which the modes are sought.
             gradient: whether its gradient in ψ is wanted.
         """
         count, tasks = len(points), len(self.tasks)
@@ -193,7 +204,9 @@ class Marginal:
         value, unsolved = like.new_zeros(count), torch.zeros(
             count, tasks, dtype=torch.bool, device=like.device
         )
-        losses, theta = like.new_zeros(tasks), like.new_zeros(tasks, self.density.dim)
+        losses, dim = like.new_zeros(tasks), self.density.dim
+        theta, first = like.new_zeros(tasks, dim), like.new_zeros(tasks, dim)
+        second = like.new_zeros(tasks, dim, dim)
         slopes = [torch.zeros_like(t) for t in (points.loc, points.log_scale, points.shared)]
         for block in self.blocks(points, start, heavy=gradient):
             each, index = block.inner.log_evidence, block.part.index
@@ -201,17 +214,19 @@ class Marginal:
             unsolved[block.draws, index] = ~block.inner.converged | block.inner.indefinite
             if block.draws.start == 0:
                 losses[index] = -each[0]
-                first = block.points
-                theta[index] = first.loc[0] + first.scale[0] * block.inner.z[0]
+                at, inner = block.points, block.inner
+                theta[index] = at.loc[0] + at.scale[0] * inner.z[0]
+                first[index], second[index] = inner.slope[0], _no_less_than_flat(inner.curvature[0])
             if gradient:
                 for whole, part in zip(slopes, self._gradient(block), strict=True):
                     whole[block.draws] += part
         found = Points(*slopes, points.groups) if gradient else None
         bad = ~value.isfinite()
-        return Total(value.masked_fill(bad, -torch.inf), found, unsolved, losses, theta)
+        known = Reference(theta, first, second)
+        return Total(value.masked_fill(bad, -torch.inf), found, unsolved, losses, known)
 
     def blocks(
-        self, points: Points, start: Tensor | Reference, *, heavy: bool = False, copies: int = 1
+        self, points: Points, start: Reference, *, heavy: bool = False, copies: int = 1
     ) -> Iterator[Block]:
         """The modes of all tasks for all ψ, some at a time.
 
@@ -223,10 +238,7 @@ class Marginal:
         """
         for part, draws in self.shares(len(points), points, heavy=heavy, copies=copies):
             some = points.select(draws)
-            if isinstance(start, Reference):
-                z = start.predict(part.index, some)
-            else:
-                z = (start[part.index] - some.loc[:, None]) / some.scale[:, None]
+            z = start.predict(part.index, some)
             yield Block(part, draws, some, self.solve(part, some, z))
 
     def shares(
@@ -235,8 +247,9 @@ class Marginal:
         """Tasks and draws that are looked at together."""
         numbers = self._numbers_per_row(points)
         most = parts.AT_ONCE // (1 + self.density.dim * heavy)
-        for bucket in self._parts():
-            width = numbers * bucket.tasks.mask.shape[1] * copies
+        for bucket in self._parts(count * numbers):
+            width = numbers * bucket.tasks.mask.shape[1]
+            width = max(width, copies * self.density.dim * parts.AT_ONCE // parts.LARGEST)
             whole = len(bucket.index)
             for some in parts.slices(whole, width, most):
                 part = bucket
@@ -249,13 +262,20 @@ class Marginal:
     def loss(self, part: parts.Part, points: Points, z: Tensor) -> Tensor:
         """f_i + ½‖z‖² `[..., s, t]` at z `[..., s, t, D]`, nats, detached."""
         scale, loc = points.scale[:, None], points.loc[:, None]
-        lead = z.shape[:-3]
-        theta = (loc + scale * z).flatten(0, -3)
-        shared = points.shared[:, None].expand(*z.shape[:-1], -1).flatten(0, -3)
-        with torch.no_grad():
-            nats = self.density.negative_log_likelihood(theta, part.tasks, shared)
-        self.evaluations += nats.numel()
-        return nats.reshape(*lead, *z.shape[-3:-1]) + 0.5 * z.square().sum(-1)
+        copies = z.reshape(-1, *z.shape[-3:])
+        rows = self._numbers_per_row(points) * part.tasks.mask.numel() * len(points)
+        nats = []
+        for some in parts.slices(len(copies), rows, parts.AT_ONCE):
+            theta = loc + scale * copies[some]
+            shared = points.shared[:, None].expand(*theta.shape[:-1], -1)
+            with torch.no_grad():
+                found = self.density.negative_log_likelihood(
+                    theta.flatten(0, 1), part.tasks, shared.flatten(0, 1)
+                )
+            nats.append(found.reshape(theta.shape[:-1]))
+        total = torch.cat(nats).reshape(z.shape[:-1]) + 0.5 * z.square().sum(-1)
+        self.evaluations += total.numel()
+        return total
 
     def solve(self, part: parts.Part, points: Points, z: Tensor) -> Inner:
         """The modes from z `[s, t, D]`, by Newton steps of the whole batch at once."""
@@ -329,10 +349,13 @@ class Marginal:
         a, b, c = (x + y for x, y in zip(first[1:], second, strict=True))
         return a, b, c
 
-    def _parts(self) -> list[parts.Part]:
-        if self._buckets is None:
+    def _parts(self, each: int) -> list[parts.Part]:
+        """All tasks by their length; in one, where padding is cheaper than calls."""
+        if self.density.joint or each * self.tasks.mask.numel() <= _SMALL:
             index = torch.arange(len(self.tasks), device=self.tasks.mask.device)
-            self._buckets = [parts.Part(self.tasks, index, slice(None))]
+            return [parts.Part(self.tasks, index, slice(None))]
+        if self._buckets is None:
+            self._buckets = parts.by_length(self.tasks)
         return self._buckets
 
     def _numbers_per_row(self, points: Points) -> int:
@@ -392,18 +415,10 @@ class _State:
 _FIELDS = ("z", "value", "slope", "curvature", "root", "step", "decrement", "indefinite")
 
 
-def reference(marginal: Marginal, points: Points, theta: Tensor) -> Reference:
-    """Every task's f_i to second order at θ `[T, D]`, with the φ of the first of these ψ."""
-    slope, dim = torch.zeros_like(theta), theta.shape[-1]
-    curvature = theta.new_zeros(len(theta), dim, dim)
-    for part, _ in marginal.shares(1, points, heavy=True):
-        at = theta[part.index][None]
-        shared = points.shared[:1, None].expand(*at.shape[:-1], -1)
-        _, first, second = marginal.derivatives(part, at, shared)
-        slope[part.index] = first[0]
-        values, vectors = torch.linalg.eigh(second[0].nan_to_num())
-        curvature[part.index] = (vectors * values.clamp(min=0)[..., None, :]) @ vectors.mT
-    return Reference(theta, slope, curvature)
+def _no_less_than_flat(matrix: Tensor) -> Tensor:
+    """Its negative eigenvalues as 0."""
+    values, vectors = torch.linalg.eigh(matrix.nan_to_num())
+    return (vectors * values.clamp(min=0)[..., None, :]) @ vectors.mT
 
 
 def _whitened(curvature: Tensor, scale: Tensor) -> Tensor:

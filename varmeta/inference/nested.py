@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,23 +33,25 @@ from varmeta.inference.base import (
 from varmeta.inference.belief import Belief
 from varmeta.inference.correction import Correction, needed
 from varmeta.inference.laplace import MAX_DIM
-from varmeta.inference.learned import EXACT, Evaluated, flat, put
-from varmeta.inference.marginal import Marginal, Points, Reference, reference
+from varmeta.inference.learned import EXACT, Evaluated, put
+from varmeta.inference.marginal import Marginal, Points, Reference
 from varmeta.inference.nested_posterior import task_draws
 from varmeta.inference.proposal import FIELDS, Proposal, fitted, resampled
 from varmeta.inference.quasi_newton import QuasiNewton
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import TaskPosterior
-from varmeta.seeds import generator as new_generator
 from varmeta.tasks import Tasks, TaskSource
 
 MAX_SHARED = 100  # numbers in ψ; importance weights of more are hopeless
 _CLIMB, _LOOK, _DRAW = range(3)  # what a step does
 _STEP = 0.05  # standard errors, of the differences that give the curvature
 _WIDEST = 3.0  # standard deviations of the prior, of the proposal along any axis
-_REACH = (1.5, 3.0)  # standard deviations, where the proposal's sides are measured
+_REACH = (1.5, 3.0, 6.0, 12.0)  # standard deviations, where the proposal's sides are measured
+_NEAR = 2  # of these that are near; the others are for a second component, for what reaches far
 _SIDES = (0.5, 4.0)
+_FAR_SHARE = 0.3  # of the draws, from the second component
+_WANTED_K = 0.5  # further rounds are worth their price above it, though weights are good to 0.7
 _ENOUGH = 0.25  # effective draws, as a share of the draws that are wanted
 
 
@@ -131,7 +133,11 @@ class NestedLaplace(Strategy):
                 "(scales='all'), or use LaplaceEvidence (points) or PyroSVI"
             )
         tensors, optimisers = self._quasi_newton.begin(meta)
-        tensors["minima"] = prior.loc.new_full((len(tasks), density.dim), torch.nan)
+        like = prior.loc.detach()
+        count, dim = len(tasks), density.dim
+        tensors["minima"] = like.expand(count, -1).clone()
+        tensors["slope"] = like.new_zeros(count, dim)
+        tensors["curvature"] = like.new_zeros(count, dim, dim)
         state = State(meta, optimisers, tensors)
         state.counts["nested"] = [_CLIMB, 0, 0, 0]
         return state
@@ -201,8 +207,7 @@ class NestedLaplace(Strategy):
 
         def evaluate() -> Evaluated:
             raw = belief.raw[None]
-            start = _known(state.tensors["minima"], meta)
-            found = marginal.total(belief.points(raw), start, gradient=True)
+            found = marginal.total(belief.points(raw), _known(state), gradient=True)
             check_finite(found.losses, batch.tasks, state.step)
             assert found.gradient is not None
             before, slope = belief.log_prob_and_gradient(raw)
@@ -211,7 +216,9 @@ class NestedLaplace(Strategy):
             leaves = meta.leaves()
             grads = slope.split([t.numel() for t in leaves])
             stats = {"converged": ~found.unsolved[0]}
-            return Evaluated(StepInfo(value, 0, stats), list(grads), {"minima": found.theta})
+            near = found.known
+            keep = {"minima": near.theta, "slope": near.slope, "curvature": near.curvature}
+            return Evaluated(StepInfo(value, 0, stats), list(grads), keep)
 
         info = self._quasi_newton.step(state, evaluate, total)
         last = state.counts["nested"][1] + 1 >= self.steps
@@ -232,34 +239,31 @@ class NestedLaplace(Strategy):
         """At the mode: the curvature, how far the density reaches, and which tasks bend."""
         tensors, free = state.tensors, belief.free
         mode = belief.raw
-        centre, theta = belief.points(mode[None]), tensors["minima"]
-        known = reference(marginal, centre, theta)
-        fix, correct = needed(marginal, centre, known, self.points)
-        tensors |= {"mode": mode, "bent": fix, "task_k": correct}
+        bent, k = needed(marginal, belief.points(mode[None]), _known(state), self.points)
+        tensors |= {"mode": mode, "bent": bent, "task_k": k}
         target = self._target(belief, marginal, state)
         units = tensors["outer_unit"][free]
         moves = torch.diag(_STEP * units)
         ends = torch.cat([mode[free] + moves, mode[free] - moves])
         slopes = target.gradient(ends)
         rows = -(slopes[: len(free)] - slopes[len(free) :]) / (2 * _STEP * units[:, None])
-        axes = _axes(0.5 * (rows + rows.T), units)
+        axes = _axes(0.5 * (rows + rows.T), units, belief.scales)
         left, right = _sides(target, mode[free], axes)
-        count = torch.full_like(mode[:1], self.draws // 2)
-        made = Proposal(mode[free][None], axes[None], left[None], right[None], count)
+        count = torch.full_like(mode[:2], self.draws // 2)
+        count = (count * count.new_tensor([1 - _FAR_SHARE, _FAR_SHARE])).round()
+        made = Proposal(mode[free].repeat(2, 1), axes.repeat(2, 1, 1), left, right, count)
         tensors |= {f"proposal_{name}": getattr(made, name) for name in FIELDS}
         tensors["psi"] = mode.new_zeros(0, len(free))
         tensors["log_target"] = mode.new_zeros(0)
-        tensors["unsolved"] = torch.zeros(0, len(theta), dtype=torch.bool, device=mode.device)
+        tensors["unsolved"] = torch.zeros(0, len(bent), dtype=torch.bool, device=mode.device)
         state.counts["nested"][0] = _DRAW
 
     def _target(self, belief: Belief, marginal: Marginal, state: State) -> Target:
         tensors = state.tensors
         if "target" not in state.cache:
-            mode = tensors["mode"]
-            known = reference(marginal, belief.points(mode[None]), tensors["minima"])
             bent = tensors["bent"]
             fix = Correction(marginal, bent, self.points) if bool(bent.any()) else None
-            state.cache["target"] = Target(belief, marginal, mode, known, fix)
+            state.cache["target"] = Target(belief, marginal, tensors["mode"], _known(state), fix)
         found: Target = state.cache["target"]
         return found
 
@@ -273,7 +277,7 @@ class NestedLaplace(Strategy):
         new = proposal
         if marks[2]:
             found = _weights(tensors["log_target"], proposal.log_prob(tensors["psi"]))
-            if found[1] > good_k(len(found[0])):
+            if found[1] > _WANTED_K:
                 new = fitted(tensors["psi"], found[0], min(marks[2], 5), self.draws // 2, noise)
                 proposal = proposal.joined(new)
             else:
@@ -288,7 +292,7 @@ class NestedLaplace(Strategy):
         marks[2] += 1
         weights, k, ess = _weights(tensors["log_target"], proposal.log_prob(tensors["psi"]))
         trusted = k <= good_k(len(weights)) and ess >= _ENOUGH * self.draws
-        if trusted or marks[2] == self.rounds:
+        if (trusted and k <= _WANTED_K) or marks[2] == self.rounds:
             self._finish(belief, state, weights, k, ess, noise, trusted)
 
     def _finish(
@@ -346,10 +350,10 @@ class NestedLaplace(Strategy):
         points = Points(
             tensors["loc"], tensors["log_scale"], tensors["shared"], state.meta.origin.groups
         )
-        start = None if fresh else tensors["minima"]
+        known = None if fresh else _known(state)
         bent = None if fresh else tensors["bent"]
         return task_draws(
-            density, tasks, points, self.points, noise, start=start, bent=bent, fresh=fresh
+            density, tasks, points, self.points, noise, known=known, bent=bent, fresh=fresh
         )
 
 
@@ -394,22 +398,35 @@ def _marks(state: State) -> dict[str, int]:
     return {"phase": phase, "climbed": climbed, "rounds": rounds, "short": short}
 
 
-def _known(minima: Tensor, meta: Meta) -> Tensor:
-    """Each task's last minimum, or θ0."""
-    return torch.where(minima.isnan(), meta.fixed()[0].loc, minima)
+def _known(state: State) -> Reference:
+    """Every task at its last minimum; to begin with at θ0."""
+    return Reference(*(state.tensors[name] for name in ("minima", "slope", "curvature")))
 
 
-def _axes(curvature: Tensor, units: Tensor) -> Tensor:
-    """A `[K, K]` with AAᵀ the inverse curvature, no wider than the widest that is sensible."""
-    size = units * (curvature.diagonal() * units.square()).abs().clamp(min=1e-4).rsqrt()
+def _axes(curvature: Tensor, units: Tensor, first: Tensor) -> Tensor:
+    """A `[K, K]` with AAᵀ the inverse curvature, no wider than is sensible.
+
+    A Cholesky factor with the coordinates `first` in front: each of its first columns moves one of
+    them, and with it what depends on it. What is skew is then skew along an axis.
+    """
+    size = (curvature.diagonal() * units.square()).abs().clamp(min=1e-4).rsqrt() * units
     values, vectors = torch.linalg.eigh(size[:, None] * curvature * size)
-    axes = size[:, None] * vectors * values.abs().clamp(min=1e-4).rsqrt()
-    length = axes.norm(dim=0)
-    return axes * (_WIDEST / length).clamp(max=1.0)
+    root = size[:, None] * vectors * values.abs().clamp(min=1e-4).rsqrt()
+    length = root.norm(dim=0)
+    root = root * (_WIDEST / length).clamp(max=1.0)
+    rest = torch.ones(len(units), dtype=torch.bool, device=units.device)
+    rest[first] = False
+    order = torch.cat([first, rest.nonzero()[:, 0]])
+    lower = torch.linalg.cholesky((root @ root.T)[order][:, order])
+    return lower[order.argsort()]
 
 
 def _sides(target: Target, centre: Tensor, axes: Tensor) -> tuple[Tensor, Tensor]:
-    """How far the density reaches along each axis to the left and right, in its own length."""
+    """How far the density reaches along each axis to the left and right, in its own length.
+
+    `[2, K]` each: near the mode, and further out, which is where a scale that may be 0 has much of
+    its mass (a density that is flat near σ = 0 falls over log σ like σ).
+    """
     reach = torch.tensor(_REACH, dtype=axes.dtype, device=axes.device)
     moves = (reach[:, None, None] * axes.T).flatten(0, 1)
     psi = torch.cat([centre[None], centre + moves, centre - moves])
@@ -417,8 +434,9 @@ def _sides(target: Target, centre: Tensor, axes: Tensor) -> tuple[Tensor, Tensor
     drop = (value[0] - value[1:]).reshape(2, len(reach), -1)
     # A normal's drop at r is ½ (r / side)².
     side = reach[:, None] / (2 * drop.clamp(min=1e-6)).sqrt()
-    side = side.amax(1).clamp(*_SIDES)
-    return side[1], side[0]
+    near = side[:, :_NEAR].amax(1)
+    both = torch.stack([near, side.amax(1)], 1).clamp(*_SIDES)
+    return both[1], both[0]
 
 
 def _weights(log_target: Tensor, log_q: Tensor) -> tuple[Tensor, float, float]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from varmeta.inference.correction import FREEDOM, corrected, needed
-from varmeta.inference.marginal import Block, Marginal, Points, Reference, reference
+from varmeta.inference.marginal import Block, Marginal, Points, Reference
 from varmeta.inference.proposal import resampled, student
 from varmeta.models.density import Density
 from varmeta.posterior import Draws
@@ -23,7 +23,7 @@ def task_draws(
     copies: int,
     noise: torch.Generator,
     *,
-    start: Tensor | None = None,
+    known: Reference | None = None,
     bent: Tensor | None = None,
     fresh: bool,
 ) -> Draws:
@@ -38,15 +38,15 @@ def task_draws(
         points: S draws of ψ.
         copies: points around each mode, from which one is drawn where a task is no parabola.
         noise: of the draws.
-        start: `[T, D]`, modes that are known for the middle of ψ; None to look for them.
+        known: of the tasks, near their modes for the middle of ψ; None to look for them.
         bent: `[T]` bool, which tasks are no parabola; None to ask.
         fresh: the tasks were not in the run: each draw of ψ counts by their evidence.
     """
     marginal = Marginal(density, tasks)
     middle = _middle(points)
-    if start is None:
-        start = marginal.total(middle, middle.loc.expand(len(tasks), -1)).theta
-    known, stats = reference(marginal, middle, start), dict[str, Tensor]()
+    if known is None:
+        known = marginal.total(middle, Reference(middle.loc.expand(len(tasks), -1))).known
+    stats = dict[str, Tensor]()
     if bent is None:
         bent, k = needed(marginal, middle, known, copies)
         stats["pareto_k"] = k.to(points.loc)
@@ -62,8 +62,7 @@ def task_draws(
             continue
         index = group.nonzero()[:, 0]
         some = marginal if len(index) == count else Marginal(density, tasks.select(index))
-        here = Reference(known.theta[index], known.slope[index], known.curvature[index])
-        for block in some.blocks(points, here, copies=size):
+        for block in some.blocks(points, known.select(index), copies=size):
             at = index[block.part.index]
             found = _drawn(some, block, size if group is bent else 0, noise)
             theta[block.draws, at], nats[block.draws, at] = found.theta, found.nats

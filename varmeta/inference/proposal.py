@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.quasirandom import SobolEngine
 
 FREEDOM = 6.0
 _WALKS = 30  # of the fit of a mixture
@@ -45,16 +46,20 @@ class Proposal:
     count: Tensor
 
     def sample(self, generator: torch.Generator) -> Tensor:
-        """`[Σ count, K]`, the components' draws one after the other."""
-        out = []
+        """`[Σ count, K]`, quasi-random, the components' draws one after the other."""
+        out, dim = [], self.centre.shape[1]
         for j, count in enumerate(self.count.tolist()):
-            noise = student((int(count), self.centre.shape[1]), self.centre, FREEDOM, generator)
-            chance = self.right[j] / (self.left[j] + self.right[j])
-            coin = torch.rand(
-                noise.shape, generator=generator, dtype=noise.dtype, device=noise.device
-            )
-            way = torch.where(coin < chance, self.right[j], -self.left[j])
-            out.append(self.centre[j] + (noise.abs() * way) @ self.axes[j].T)
+            seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+            engine = SobolEngine(dim + 3, scramble=True, seed=seed)
+            uniform = engine.draw(int(count), dtype=torch.float64).clamp(1e-9, 1 - 1e-9)
+            uniform = uniform.to(self.centre)
+            chi2 = -2 * uniform[:, dim:].log().sum(-1, keepdim=True)  # six degrees of freedom
+            chance = self.left[j] / (self.left[j] + self.right[j])
+            down = uniform[:, :dim] < chance
+            inside = torch.where(down, uniform[:, :dim] / chance, (1 - uniform[:, :dim]) / (1 - chance))
+            size = -torch.special.ndtri(0.5 * inside.clamp(1e-9, 1)) / (chi2 / FREEDOM).sqrt()
+            way = torch.where(down, -self.left[j], self.right[j])
+            out.append(self.centre[j] + (size * way) @ self.axes[j].T)
         return torch.cat(out)
 
     def log_prob(self, x: Tensor) -> Tensor:
