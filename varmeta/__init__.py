@@ -51,8 +51,8 @@ from varmeta.inference.maml import FOMAML, MAML, MetaSGD, Reptile
 from varmeta.inference.mechanisms import Mechanisms, mechanisms, mechanisms_at
 from varmeta.inference.minimise import Adam, GradientDescent, ProximalDescent
 from varmeta.inference.minres import MINRES
-from varmeta.inference.newton import NewtonCG
 from varmeta.inference.nested import NestedLaplace
+from varmeta.inference.newton import NewtonCG
 from varmeta.inference.nuts import PyroNUTS
 from varmeta.inference.nystrom import Nystrom
 from varmeta.inference.pooling import CompletePooling, NoPooling

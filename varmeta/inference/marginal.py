@@ -59,9 +59,7 @@ class Points:
 
     def select(self, index: Tensor | slice) -> Points:
         """Those at these positions."""
-        return Points(
-            self.loc[index], self.log_scale[index], self.shared[index], self.groups
-        )
+        return Points(self.loc[index], self.log_scale[index], self.shared[index], self.groups)
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,8 +199,9 @@ class Marginal:
         """
         count, tasks = len(points), len(self.tasks)
         like = points.loc
-        value, unsolved = like.new_zeros(count), torch.zeros(
-            count, tasks, dtype=torch.bool, device=like.device
+        value, unsolved = (
+            like.new_zeros(count),
+            torch.zeros(count, tasks, dtype=torch.bool, device=like.device),
         )
         losses, dim = like.new_zeros(tasks), self.density.dim
         theta, first = like.new_zeros(tasks, dim), like.new_zeros(tasks, dim)
@@ -312,8 +311,7 @@ class Marginal:
             loss = self.density.negative_log_likelihood(leaf, part.tasks, shared)
             slope = _derivative(loss.sum(), leaf)
             columns = [
-                _derivative(slope[..., d].sum(), leaf, keep=keep or d + 1 < dim)
-                for d in range(dim)
+                _derivative(slope[..., d].sum(), leaf, keep=keep or d + 1 < dim) for d in range(dim)
             ]
         curvature = torch.stack(columns, -1)
         curvature = 0.5 * (curvature + curvature.mT)

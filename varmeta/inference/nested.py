@@ -31,7 +31,7 @@ from varmeta.inference.base import (
     check_finite,
 )
 from varmeta.inference.belief import Belief
-from varmeta.inference.correction import Correction, needed
+from varmeta.inference.correction import Correction, enough, needed
 from varmeta.inference.laplace import MAX_DIM
 from varmeta.inference.learned import EXACT, Evaluated, put
 from varmeta.inference.marginal import Marginal, Points, Reference
@@ -66,8 +66,8 @@ class NestedLaplace(Strategy):
             many are effective.
         rounds: of proposals at most. After one whose weights are not to be trusted (Pareto k̂) the
             proposal is fitted anew to what was drawn, as a mixture of more and more components.
-        points: around each task's mode, by which Laplace's evidence is checked and, where the task
-            is no parabola, corrected; 0 for Laplace alone.
+        points: around each task's mode, by which Laplace's evidence is corrected where the task is
+            no parabola; more, up to 1,024, where these do not settle it. 0 for Laplace alone.
 
     Raises:
         ValueError: a number out of range.
@@ -199,9 +199,7 @@ class NestedLaplace(Strategy):
         found: Marginal = state.cache["marginal"]
         return found
 
-    def _climb(
-        self, belief: Belief, marginal: Marginal, state: State, batch: Batch
-    ) -> StepInfo:
+    def _climb(self, belief: Belief, marginal: Marginal, state: State, batch: Batch) -> StepInfo:
         """A step of the quasi-Newton method on −log p̂(D | ψ) − log p(ψ)."""
         meta, total = state.meta, batch.total
 
@@ -249,6 +247,12 @@ class NestedLaplace(Strategy):
         rows = -(slopes[: len(free)] - slopes[len(free) :]) / (2 * _STEP * units[:, None])
         axes = _axes(0.5 * (rows + rows.T), units, belief.scales)
         left, right = _sides(target, mode[free], axes)
+        if bool(bent.any()):
+            way = 1.5 * axes[:, : len(belief.scales)].T
+            near = torch.cat([mode[free][None], mode[free] + way, mode[free] - way])
+            count = enough(marginal, bent, target.points(near), _known(state), self.points)
+            tensors["points"] = torch.tensor(count)
+        state.cache.pop("target")  # it has too few points
         count = torch.full_like(mode[:2], self.draws // 2)
         count = (count * count.new_tensor([1 - _FAR_SHARE, _FAR_SHARE])).round()
         made = Proposal(mode[free].repeat(2, 1), axes.repeat(2, 1, 1), left, right, count)
@@ -262,7 +266,8 @@ class NestedLaplace(Strategy):
         tensors = state.tensors
         if "target" not in state.cache:
             bent = tensors["bent"]
-            fix = Correction(marginal, bent, self.points) if bool(bent.any()) else None
+            count = int(tensors.get("points", self.points))
+            fix = Correction(marginal, bent, count) if bool(bent.any()) else None
             state.cache["target"] = Target(belief, marginal, tensors["mode"], _known(state), fix)
         found: Target = state.cache["target"]
         return found

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varmeta.inference.correction import FREEDOM, corrected, needed
+from varmeta.inference.correction import Around, corrected, needed
 from varmeta.inference.marginal import Block, Marginal, Points, Reference
-from varmeta.inference.proposal import resampled, student
+from varmeta.inference.proposal import resampled
 from varmeta.models.density import Density
 from varmeta.posterior import Draws
 from varmeta.tasks import Tasks
@@ -108,9 +108,9 @@ def _drawn(marginal: Marginal, block: Block, copies: int, noise: torch.Generator
         left = torch.linalg.solve_triangular(inner.root, eye, upper=False)
         variance = scale.square() * left.square().sum(-2)
         return _Found(loc + scale * z, mean, mean.square() + variance, inner.log_evidence)
-    u = student((copies, *inner.z.shape), loc, FREEDOM, noise)
-    more, log_w = corrected(marginal, block.part, points, inner, u)
-    theta, weights = loc + scale * inner.at(u), log_w.softmax(0)
+    around = Around.of_normal(torch.randn(copies, *inner.z.shape, **like))
+    more, log_w = corrected(marginal, block.part, points, inner, around)
+    theta, weights = loc + scale * inner.at(around.u), log_w.softmax(0)
     chance = torch.rand(weights.shape[1:], **like)
     pick = (weights.cumsum(0) < chance).sum(0).clamp(max=copies - 1)
     one = theta.gather(0, pick[None, ..., None].expand(1, *inner.z.shape))[0]

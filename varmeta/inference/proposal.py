@@ -1,4 +1,4 @@
-"""Proposals for a posterior of few dimensions: t distributions with two sides, and mixtures of them.
+"""Proposals for a posterior of few dimensions: t distributions with two sides, and mixtures.
 
 A proposal is fitted to the mode and the curvature there, its sides to how far the density really
 reaches (Rue, Martino & Chopin, 2009, section 6.5), and where that does not cover the posterior to
@@ -9,9 +9,7 @@ in which every draw so far is weighed by the mixture of all proposals so far.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +54,8 @@ class Proposal:
             chi2 = -2 * uniform[:, dim:].log().sum(-1, keepdim=True)  # six degrees of freedom
             chance = self.left[j] / (self.left[j] + self.right[j])
             down = uniform[:, :dim] < chance
-            inside = torch.where(down, uniform[:, :dim] / chance, (1 - uniform[:, :dim]) / (1 - chance))
+            up = (1 - uniform[:, :dim]) / (1 - chance)
+            inside = torch.where(down, uniform[:, :dim] / chance, up)
             size = -torch.special.ndtri(0.5 * inside.clamp(1e-9, 1)) / (chi2 / FREEDOM).sqrt()
             way = torch.where(down, -self.left[j], self.right[j])
             out.append(self.centre[j] + (size * way) @ self.axes[j].T)
@@ -135,16 +134,6 @@ def _moments(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     offset = x - mean
     cov = (weights[:, None] * offset).T @ offset
     return mean, cov + torch.diag(_TILT + 1e-6 * cov.diagonal())
-
-
-def student(
-    shape: Sequence[int], like: Tensor, freedom: float, generator: torch.Generator
-) -> Tensor:
-    """`[..., K]` from the standard multivariate t with a whole number of degrees of freedom."""
-    how: dict[str, Any] = {"generator": generator, "dtype": like.dtype, "device": like.device}
-    noise = torch.randn(tuple(shape), **how)
-    chi2 = torch.randn((*shape[:-1], int(freedom)), **how).square().sum(-1, keepdim=True)
-    return noise / (chi2 / freedom).sqrt()
 
 
 def resampled(weights: Tensor, count: int, noise: torch.Generator) -> Tensor:
