@@ -92,7 +92,7 @@ class Reference:
         if slope is None or curved is None:
             return offset / scale
         right = scale * ((curved @ offset[..., None])[..., 0] - slope)
-        matrix = _whitened(curved, scale)
+        matrix = whitened(curved, scale)
         root, _ = torch.linalg.cholesky_ex(matrix)
         return torch.cholesky_solve(right[..., None], root)[..., 0]
 
@@ -278,8 +278,7 @@ class Marginal:
 
     def solve(self, part: parts.Part, points: Points, z: Tensor) -> Inner:
         """The modes from z `[s, t, D]`, by Newton steps of the whole batch at once."""
-        eps = torch.finfo(z.dtype).eps
-        enough = eps**0.38  # 1e-6 standard deviations; 2e-3 in float32
+        eps, enough = torch.finfo(z.dtype).eps, self.tolerance(z.dtype)
         z = z.detach()
         here = _State.at(self, part, points, z)
         length = torch.ones_like(here.value)
@@ -300,6 +299,11 @@ class Marginal:
             here.z, here.value, here.slope, here.curvature, here.root, converged, here.indefinite
         )
 
+    @staticmethod
+    def tolerance(dtype: torch.dtype) -> float:
+        """Standard deviations that a mode may be off: 1e-6, in float32 2e-3."""
+        return float(torch.finfo(dtype).eps ** 0.38)
+
     def derivatives(
         self, part: parts.Part, theta: Tensor, shared: Tensor, *, keep: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -309,9 +313,9 @@ class Marginal:
         with torch.enable_grad(), twice_differentiable():
             leaf = theta if keep else theta.detach().requires_grad_()
             loss = self.density.negative_log_likelihood(leaf, part.tasks, shared)
-            slope = _derivative(loss.sum(), leaf)
+            slope = derivative(loss.sum(), leaf)
             columns = [
-                _derivative(slope[..., d].sum(), leaf, keep=keep or d + 1 < dim) for d in range(dim)
+                derivative(slope[..., d].sum(), leaf, keep=keep or d + 1 < dim) for d in range(dim)
             ]
         curvature = torch.stack(columns, -1)
         curvature = 0.5 * (curvature + curvature.mT)
@@ -336,7 +340,7 @@ class Marginal:
             loss, slope, curvature = self.derivatives(block.part, theta, shared, keep=True)
             # log det B, with the derivative tr(B⁻¹ dB): root and folds need none of their own.
             inverse = torch.cholesky_inverse(inner.root)
-            volume = 0.5 * (inverse * _whitened(curvature, scale)).sum((-2, -1))
+            volume = 0.5 * (inverse * whitened(curvature, scale)).sum((-2, -1))
             first = torch.autograd.grad(
                 -volume.sum(), [z, *leaves], retain_graph=True, materialize_grads=True
             )
@@ -384,7 +388,7 @@ class _State:
         shared = points.shared[:, None].expand(*z.shape[:-1], -1)
         theta = points.loc[:, None] + scale * z
         loss, slope, curvature = marginal.derivatives(part, theta, shared)
-        gradient, matrix = scale * slope + z, _whitened(curvature, scale)
+        gradient, matrix = scale * slope + z, whitened(curvature, scale)
         finite = loss.isfinite() & gradient.isfinite().all(-1) & matrix.isfinite().all(-1).all(-1)
         eye = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
         matrix = torch.where(finite[..., None, None], matrix, eye)
@@ -419,7 +423,7 @@ def _no_less_than_flat(matrix: Tensor) -> Tensor:
     return (vectors * values.clamp(min=0)[..., None, :]) @ vectors.mT
 
 
-def _whitened(curvature: Tensor, scale: Tensor) -> Tensor:
+def whitened(curvature: Tensor, scale: Tensor) -> Tensor:
     """I + S H S for H `[..., D, D]` and the diagonal of S `[..., D]`."""
     eye = torch.eye(scale.shape[-1], dtype=scale.dtype, device=scale.device)
     return eye + scale[..., :, None] * curvature * scale[..., None, :]
@@ -440,7 +444,7 @@ def _backwards(root: Tensor, u: Tensor) -> Tensor:
     return white.permute(3, 0, 1, 2).reshape(u.shape)
 
 
-def _derivative(of: Tensor, at: Tensor, *, keep: bool = True) -> Tensor:
+def derivative(of: Tensor, at: Tensor, *, keep: bool = True) -> Tensor:
     """d of / d at, with a graph; 0 where there is no way."""
     if not of.requires_grad:
         return torch.zeros_like(at)

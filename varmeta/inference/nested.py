@@ -13,11 +13,13 @@ with the same random numbers for every ψ, so that what errors are left hardly d
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, replace
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 
 from varmeta.checked import Count, Positive, Within
@@ -35,12 +37,16 @@ from varmeta.inference.correction import Correction, enough, needed
 from varmeta.inference.laplace import MAX_DIM
 from varmeta.inference.learned import EXACT, Evaluated, put
 from varmeta.inference.marginal import Marginal, Points, Reference
+from varmeta.inference.marginal_nuts import CHAIN, Potential, sampler
 from varmeta.inference.nested_posterior import task_draws
+from varmeta.inference.nuts_kernel import Sampler
 from varmeta.inference.proposal import FIELDS, Proposal, fitted, resampled
 from varmeta.inference.quasi_newton import QuasiNewton
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.posterior import TaskPosterior
+from varmeta.process import pyro_untouched, validation_off
+from varmeta.seeds import global_rng
 from varmeta.tasks import Tasks, TaskSource
 
 MAX_SHARED = 100  # numbers in ψ; importance weights of more are hopeless
@@ -52,6 +58,7 @@ _NEAR = 2  # of these that are near; the others are for a second component, for 
 _SIDES = (0.5, 4.0)
 _FAR_SHARE = 0.3  # of the draws, from the second component
 _WANTED_K = 0.5  # further rounds are worth their price above it, though weights are good to 0.7
+_MIXED = 1.05  # R-hat
 _ENOUGH = 0.25  # effective draws, as a share of the draws that are wanted
 
 
@@ -68,6 +75,11 @@ class NestedLaplace(Strategy):
             proposal is fitted anew to what was drawn, as a mixture of more and more components.
         points: around each task's mode, by which Laplace's evidence is corrected where the task is
             no parabola; more, up to 1,024, where these do not settle it. 0 for Laplace alone.
+        sampler: of ψ: `"importance"`, weighted draws of proposals; or `"nuts"`, Pyro's NUTS with
+            every task marginalised, each transition a step.
+        chains: of NUTS.
+        warmup: transitions per chain in which the step size adapts.
+        target_accept: acceptance probability that the step size aims at.
 
     Raises:
         ValueError: a number out of range.
@@ -80,11 +92,21 @@ class NestedLaplace(Strategy):
     draws: Annotated[int, Within(20)] = 1000
     rounds: Count = 6
     points: Annotated[int, Within(0)] = 64
+    sampler: Literal["importance", "nuts"] = "importance"
+    chains: Count = 2
+    warmup: Annotated[int, Within(0)] = 100
+    target_accept: Annotated[float, Within(0, 1, above=True, below=True)] = 0.8
 
     @property
     def num_steps(self) -> int:
-        """Steps to the mode, one that looks around there, and rounds of draws."""
-        return self.steps + 1 + self.rounds
+        """Steps to the mode, one that looks around there, and rounds of draws (or transitions)."""
+        nuts = self.sampler == "nuts"
+        return self.steps + 1 + (self.chains * self._transitions if nuts else self.rounds)
+
+    @property
+    def _transitions(self) -> int:
+        """Of each chain."""
+        return self.warmup + -(-self.draws // self.chains)
 
     @property
     def point_scales(self) -> bool:
@@ -139,7 +161,7 @@ class NestedLaplace(Strategy):
         tensors["slope"] = like.new_zeros(count, dim)
         tensors["curvature"] = like.new_zeros(count, dim, dim)
         state = State(meta, optimisers, tensors)
-        state.counts["nested"] = [_CLIMB, 0, 0, 0]
+        state.counts["nested"] = [_CLIMB, 0, 0, 0, 0]
         return state
 
     def step(
@@ -157,7 +179,8 @@ class NestedLaplace(Strategy):
                     self._look(belief, marginal, state, generator)
                     info = self._unmoved(state, batch)
                 case _:
-                    self._draw(belief, marginal, state, generator)
+                    sample = self._transit if self.sampler == "nuts" else self._draw
+                    sample(belief, marginal, state, generator)
                     info = self._unmoved(state, batch)
         info.gradients = marginal.evaluations - spent
         return info
@@ -298,16 +321,63 @@ class NestedLaplace(Strategy):
         weights, k, ess = _weights(tensors["log_target"], proposal.log_prob(tensors["psi"]))
         trusted = k <= good_k(len(weights)) and ess >= _ENOUGH * self.draws
         if (trusted and k <= _WANTED_K) or marks[2] == self.rounds:
-            self._finish(belief, state, weights, k, ess, noise, trusted)
+            whose = "one proposal covers" if marks[2] == 1 else f"{marks[2]} rounds of draws cover"
+            not_whose = f"{marks[2]} rounds of draws do not cover"
+            said = (
+                f"{whose if trusted else not_whose} the posterior of θ0, scales and φ: k̂ {k:.2f}, "
+                f"{ess:.0f} effective of {len(weights)} draws"
+            )
+            self._finish(belief, state, weights, noise, said, trusted)
+            tensors |= {"psi_k": _scalar(k), "psi_ess": _scalar(ess)}
+
+    def _transit(
+        self, belief: Belief, marginal: Marginal, state: State, noise: torch.Generator
+    ) -> None:
+        """One transition of NUTS; the last one ends the run."""
+        tensors, marks = state.tensors, state.counts["nested"]
+        target, last = self._target(belief, marginal, state), self.chains * self._transitions
+        with pyro_untouched(), validation_off(), global_rng(noise):
+            if "sampler" not in state.cache:
+                made = Potential.make(belief, marginal, tensors["mode"], target.known)
+                axes = tensors["proposal_axes"][0]
+                state.cache["sampler"] = sampler(made, axes, self.warmup, self.target_accept)
+            kernel: Sampler = state.cache["sampler"]
+            _, place = divmod(marks[2], self._transitions)
+            here = {name: tensors.get(f"chain_{name}") for name in CHAIN}
+            begun = kernel.begin() if place == 0 else here
+            after, diverged = kernel.transition(begun)  # type: ignore[arg-type]
+        marks[2] += 1
+        tensors |= {f"chain_{name}": value for name, value in after.items()}
+        if place >= self.warmup:
+            tensors["psi"] = torch.cat([tensors["psi"], after["position"][None]])
+            marks[4] += diverged
+        if marks[2] < last:
+            return
+        psi = tensors["psi"]
+        by_chain = psi.unflatten(0, (self.chains, -1))
+        rhat = float(split_gelman_rubin(by_chain, 0, 1).nan_to_num(1.0).max())
+        ess = float(effective_sample_size(by_chain, 0, 1).nan_to_num(0.0).min())
+        weights, k = torch.full_like(psi[:, 0], 1 / len(psi)), -math.inf
+        if target.correction is not None:
+            value = target.correction(target.points(psi), target.known)
+            weights, k, share = _weights(value, torch.zeros_like(value))
+            ess *= share / len(psi)
+        trusted = rhat <= _MIXED and k <= good_k(len(psi))
+        said = f"NUTS: worst R-hat {rhat:.3f}, {ess:.0f} effective of {len(psi)} draws"
+        if k > -math.inf:
+            said += f", weighed for what is no parabola: k̂ {k:.2f}"
+        if marks[4]:
+            said += f", {marks[4]} transitions diverged (raise target_accept)"
+        self._finish(belief, state, weights, noise, said, trusted)
+        tensors |= {"psi_k": _scalar(k), "psi_ess": _scalar(ess), "rhat": _scalar(rhat)}
 
     def _finish(
         self,
         belief: Belief,
         state: State,
         weights: Tensor,
-        k: float,
-        ess: float,
         noise: torch.Generator,
+        said: str,
         trusted: bool,
     ) -> None:
         """Draws of ψ, and θ0, scales and φ of the state: their posterior means."""
@@ -317,25 +387,15 @@ class NestedLaplace(Strategy):
         raw[:, belief.free] = tensors["psi"][pick]
         points = belief.points(raw)
         tensors |= {"loc": points.loc, "log_scale": points.log_scale, "shared": points.shared}
-        tensors |= {"psi_k": _scalar(k), "psi_ess": _scalar(ess)}
         mean = tensors["mode"].clone()
         mean[belief.free] = weights @ tensors["psi"]
         put(state.meta, mean)
-        how = "one t distribution covers" if marks[2] == 1 else f"{_proposals(marks[2])} cover"
-        said = (
-            f"{how} the posterior of θ0, scales and φ: k̂ {k:.2f}, {ess:.0f} effective of "
-            f"{len(weights)} draws"
-        )
-        if not trusted:
-            said = (
-                f"{marks[2]} rounds of draws do not cover the posterior of θ0, scales and φ: k̂ "
-                f"{k:.2f}, {ess:.0f} effective of {len(weights)} draws"
-            )
         if marks[3]:
             said = f"the mode was not found in {self.steps} steps (raise steps); {said}"
         marks[3] = int(bool(marks[3]) or not trusted)
         state.arrived = said
-        _warn_of_unsolved(self.name, state, weights)
+        if len(tensors["unsolved"]):
+            _warn_of_unsolved(self.name, state, weights)
 
     def _task_draws(
         self,
@@ -399,7 +459,7 @@ class Target:
 
 
 def _marks(state: State) -> dict[str, int]:
-    phase, climbed, rounds, short = state.counts["nested"]
+    phase, climbed, rounds, short, _ = state.counts["nested"]
     return {"phase": phase, "climbed": climbed, "rounds": rounds, "short": short}
 
 
@@ -454,10 +514,6 @@ def _weights(log_target: Tensor, log_q: Tensor) -> tuple[Tensor, float, float]:
 
 def _scalar(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)
-
-
-def _proposals(rounds: int) -> str:
-    return f"a mixture fitted in {rounds} rounds does not miss, and its draws"
 
 
 def _warn_of_unsolved(name: str, state: State, weights: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Draws of tasks given draws of ψ: each draw of ψ has its tasks' Gaussians, or what they lead to."""
+"""Draws of tasks given draws of ψ: from each ψ's Gaussians, or the points that mend them."""
 
 from __future__ import annotations
 
