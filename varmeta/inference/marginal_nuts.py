@@ -2,8 +2,8 @@
 
 (Margossian et al., 2020, Hamiltonian Monte Carlo Using an Adjoint-Differentiated Laplace
 Approximation.) One ψ at a time has too little arithmetic to pay for a call of each operation, so
-that two Newton steps from the predicted modes, the value and its gradient are one recorded program;
-where these steps do not arrive, the careful way is taken.
+that one or two Newton steps from the predicted modes, the value and its gradient are one recorded
+program; where these steps do not arrive, the careful way is taken.
 """
 
 from __future__ import annotations
@@ -17,11 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from varmeta.inference.belief import Belief
-from varmeta.inference.marginal import Marginal, Points, Reference, derivative, whitened
-from varmeta.inference.nuts_kernel import Sampler
-from varmeta.models.capture import record
+from varmeta.inference.marginal import Marginal, Reference, derivative, whitened
+from varmeta.models.capture import Unrecordable, agree, trace
 
-_STEPS = 2
 CHAIN = ("position", "slope", "energy", "adaptation", "count")  # see `Sampler`
 
 
@@ -44,11 +42,18 @@ class Potential:
     quick: Callable[..., Any] | None
 
     @classmethod
-    def make(cls, belief: Belief, marginal: Marginal, mode: Tensor, known: Reference) -> Potential:
-        """With its program."""
-        points = belief.points(mode[None])
-        marginal.evaluations += 0
-        program = record(_program(marginal, points.groups), _arguments(marginal, points, known))
+    def make(
+        cls, belief: Belief, marginal: Marginal, mode: Tensor, known: Reference, steps: int
+    ) -> Potential:
+        """With its program, of so many Newton steps: one is enough where tasks are parabolas."""
+        function = _program(belief, marginal, mode, steps)
+        given = [mode[belief.free], *_data(marginal, known)]
+        program: Callable[..., Any] | None
+        try:
+            program = trace(function, given)
+            agree(program, function, given, exact=False)
+        except Unrecordable:
+            program = None
         return cls(belief, marginal, mode, known, program)
 
     def __call__(self, z: Mapping[str, Tensor]) -> Tensor:
@@ -58,107 +63,78 @@ class Potential:
 
     def value_and_gradient(self, psi: Tensor) -> tuple[Tensor, Tensor]:
         """Scalar and `[K]`; infinite where a task's evidence is not a number."""
-        raw = self.mode.clone()
-        raw[self.belief.free] = psi.detach()
-        points = self.belief.points(raw[None])
-        before, slope = self.belief.log_prob_and_gradient(raw[None])
-        found = self._quickly(points)
-        if found is None:
-            total = self.marginal.total(points, self.known, gradient=True)
-            assert total.gradient is not None
-            found = total.log_evidence[0], total.gradient
-        value, gradient = found
-        whole = self.belief.pulled_back(gradient) + slope
-        return -(value + before[0]), -whole[0, self.belief.free]
-
-    def _quickly(self, points: Points) -> tuple[Tensor, Points] | None:
-        if self.quick is None:
-            return None
-        dim = points.loc.shape[-1]
-        self.marginal.evaluations += len(self.known.theta) * (7 + 10 * dim)
-        value, loc, log_scale, shared, worst = self.quick(
-            *_arguments(self.marginal, points, self.known)
-        )
-        if not float(worst) <= self.marginal.tolerance(points.loc.dtype):  # NaN too
-            return None
-        return value, Points(loc[None], log_scale[None], shared[None], points.groups)
+        if self.quick is not None:
+            self.marginal.evaluations += len(self.known.theta) * (
+                7 + 10 * self.known.theta.shape[1]
+            )
+            with torch._C.DisableTorchFunction():  # nothing of interest to a mode, which costs time
+                value, slope, worst = self.quick(psi.detach(), *_data(self.marginal, self.known))
+            if float(worst) <= self.marginal.tolerance(psi.dtype):  # not where it is NaN
+                return -value, -slope
+        raw = self.mode.index_copy(0, self.belief.free, psi.detach())[None]
+        points = self.belief.points(raw)
+        before, first = self.belief.log_prob_and_gradient(raw)
+        total = self.marginal.total(points, self.known, gradient=True)
+        assert total.gradient is not None
+        whole = self.belief.pulled_back(total.gradient) + first
+        return -(total.log_evidence[0] + before[0]), -whole[0, self.belief.free]
 
 
-def sampler(potential: Potential, axes: Tensor, warmup: int, target_accept: float) -> Sampler:
-    """Ready for chains around the mode, with the curvature there as mass matrix."""
-    middle = potential.mode[potential.belief.free]
-    made = Sampler(potential, {"psi": middle.shape})
-    made.start(middle, axes @ axes.T, warmup=warmup, target_accept=target_accept)
-    return made
-
-
-def _arguments(marginal: Marginal, points: Points, known: Reference) -> list[Tensor]:
+def _data(marginal: Marginal, known: Reference) -> list[Tensor]:
     tasks = marginal.tasks
     assert known.slope is not None and known.curvature is not None
-    psi = [points.loc[0], points.log_scale[0], points.shared[0]]
-    return [
-        *psi,
-        known.theta,
-        known.slope,
-        known.curvature,
-        tasks.inputs,
-        tasks.targets,
-        tasks.mask,
-    ]
+    near = [known.theta, known.slope, known.curvature]
+    return [*near, tasks.inputs, tasks.targets, tasks.mask]
 
 
-def _program(marginal: Marginal, groups: Tensor) -> Callable[..., list[Tensor]]:
-    density = marginal.density
+def _program(
+    belief: Belief, marginal: Marginal, mode: Tensor, steps: int
+) -> Callable[..., list[Tensor]]:
+    density, groups, free = marginal.density, belief.meta.origin.groups, belief.free
 
-    def loss(theta: Tensor, shared: Tensor, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-        return -torch.where(mask, density.rows(theta, shared, x, y), 0.0).sum(-1)
-
-    def at(theta: Tensor, shared: Tensor, *data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        value = loss(theta, shared, *data)
+    def at(
+        theta: Tensor, shared: Tensor, x: Tensor, y: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        value = -torch.where(mask, density.rows(theta, shared, x, y), 0.0).sum(-1)
         slope = derivative(value.sum(), theta)
         columns = [derivative(slope[..., d].sum(), theta) for d in range(theta.shape[-1])]
         curvature = torch.stack(columns, -1)
         return value, slope, 0.5 * (curvature + curvature.mT)
 
     def evaluate(
-        loc: Tensor,
-        log_scale: Tensor,
-        shared: Tensor,
-        theta: Tensor,
-        slope: Tensor,
-        curvature: Tensor,
-        *data: Tensor,
+        psi: Tensor, theta: Tensor, slope: Tensor, curvature: Tensor, *data: Tensor
     ) -> list[Tensor]:
         with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in (loc, log_scale, shared)]
-            scale = leaves[1].exp()[groups]
-            fixed = scale.detach()
-            offset = theta - loc
-            right = fixed * ((curvature @ offset[..., None])[..., 0] - slope)
+            leaf = psi.detach().requires_grad_()
+            points = belief.points(mode.index_copy(0, free, leaf)[None])
+            loc, log_scale, shared = points.loc[0], points.log_scale[0], points.shared[0]
+            scale = log_scale.exp()[groups]
+            fixed, middle, phi = scale.detach(), loc.detach(), shared.detach()
+            right = fixed * ((curvature @ (theta - middle)[..., None])[..., 0] - slope)
             z = _solved(whitened(curvature, fixed), right)
-            for _ in range(_STEPS):
-                leaf = (loc + fixed * z).detach().requires_grad_()
-                _, g, h = (t.detach() for t in at(leaf, shared.detach(), *data))
+            for _ in range(steps):
+                trial = (middle + fixed * z).detach().requires_grad_()
+                _, g, h = (t.detach() for t in at(trial, phi, *data))
                 z = z - _solved(whitened(h, fixed), fixed * g + z)
             z = z.detach().requires_grad_()
-            value, g, h = at(leaves[0] + scale * z, leaves[2], *data)
+            value, g, h = at(loc + scale * z, shared, *data)
             matrix, pull = whitened(h, scale), scale * g + z
             root, failed = torch.linalg.cholesky_ex(matrix.detach())
             volume = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-            inverse = torch.cholesky_inverse(root)
-            moved = 0.5 * (inverse * matrix).sum((-2, -1))
-            first = torch.autograd.grad(
-                -moved.sum(), [z, *leaves], retain_graph=True, materialize_grads=True
+            # log det B, with the derivative tr(B⁻¹ dB)
+            moved = 0.5 * (torch.cholesky_inverse(root) * matrix).sum((-2, -1))
+            along, first = torch.autograd.grad(
+                -moved.sum(), [z, leaf], retain_graph=True, materialize_grads=True
             )
-            way = torch.cholesky_solve(first[0][..., None], root)[..., 0]
-            rest = -value - (way * pull).sum(-1)
-            second = torch.autograd.grad(rest.sum(), leaves, materialize_grads=True)
+            way = torch.cholesky_solve(along[..., None], root)[..., 0]
+            before = belief.log_prob(points)[0]
+            rest = -value.sum() - (way * pull).sum() + before
+            (second,) = torch.autograd.grad(rest, [leaf], materialize_grads=True)
             step = torch.cholesky_solve(pull.detach()[..., None], root)[..., 0]
             decrement = (step * pull.detach()).sum(-1).clamp(min=0).sqrt()
-            worst = (decrement + failed).amax()
-            energy = value.detach() + 0.5 * z.detach().square().sum(-1)
-            grads = [a + b for a, b in zip(first[1:], second, strict=True)]
-        return [-(energy + volume).sum(), *grads, worst]
+            energy = (value + 0.5 * z.square().sum(-1)).detach()
+            total = before.detach() - (energy + volume).sum()
+        return [total, first + second, (decrement + failed).amax()]
 
     return evaluate
 

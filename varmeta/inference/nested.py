@@ -37,10 +37,10 @@ from varmeta.inference.correction import Correction, enough, needed
 from varmeta.inference.laplace import MAX_DIM
 from varmeta.inference.learned import EXACT, Evaluated, put
 from varmeta.inference.marginal import Marginal, Points, Reference
-from varmeta.inference.marginal_nuts import CHAIN, Potential, sampler
+from varmeta.inference.marginal_nuts import CHAIN, Potential
 from varmeta.inference.nested_posterior import task_draws
 from varmeta.inference.nuts_kernel import Sampler
-from varmeta.inference.proposal import FIELDS, Proposal, fitted, resampled
+from varmeta.inference.proposal import FIELDS, Proposal, fitted, moments, resampled
 from varmeta.inference.quasi_newton import QuasiNewton
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
@@ -283,6 +283,12 @@ class NestedLaplace(Strategy):
         tensors["psi"] = mode.new_zeros(0, len(free))
         tensors["log_target"] = mode.new_zeros(0)
         tensors["unsolved"] = torch.zeros(0, len(bent), dtype=torch.bool, device=mode.device)
+        if self.sampler == "nuts":
+            # The mode's curvature is too narrow a mass where a scale may be 0.
+            psi = made.sample(noise)
+            value, _ = target(psi)
+            weights, _, _ = _weights(value, made.log_prob(psi))
+            tensors |= dict(zip(("middle", "mass"), moments(psi, weights), strict=True))
         state.counts["nested"][0] = _DRAW
 
     def _target(self, belief: Belief, marginal: Marginal, state: State) -> Target:
@@ -338,10 +344,13 @@ class NestedLaplace(Strategy):
         target, last = self._target(belief, marginal, state), self.chains * self._transitions
         with pyro_untouched(), validation_off(), global_rng(noise):
             if "sampler" not in state.cache:
-                made = Potential.make(belief, marginal, tensors["mode"], target.known)
-                axes = tensors["proposal_axes"][0]
-                state.cache["sampler"] = sampler(made, axes, self.warmup, self.target_accept)
-            kernel: Sampler = state.cache["sampler"]
+                steps = 2 if bool(tensors["bent"].any()) else 1
+                made = Potential.make(belief, marginal, tensors["mode"], target.known, steps)
+                mass, middle = tensors["mass"], tensors["middle"]
+                kernel = Sampler(made, {"psi": middle.shape})
+                kernel.start(middle, mass, warmup=self.warmup, target_accept=self.target_accept)
+                state.cache["sampler"] = kernel
+            kernel = state.cache["sampler"]
             _, place = divmod(marks[2], self._transitions)
             here = {name: tensors.get(f"chain_{name}") for name in CHAIN}
             begun = kernel.begin() if place == 0 else here

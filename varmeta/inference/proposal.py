@@ -106,7 +106,7 @@ def fitted(x: Tensor, weights: Tensor, kinds: int, count: int, noise: torch.Gene
         count: draws that it is to give.
         noise: chooses where components begin.
     """
-    whole = _moments(x, weights)
+    whole = moments(x, weights)
     if kinds > 1:
         first = torch.multinomial(weights, kinds, replacement=True, generator=noise)
         means, covs = x[first], whole[1].expand(kinds, -1, -1)
@@ -115,7 +115,7 @@ def fitted(x: Tensor, weights: Tensor, kinds: int, count: int, noise: torch.Gene
             law = torch.distributions.MultivariateNormal(means, covs, validate_args=False)
             member = (law.log_prob(x[:, None]) + shares.log()).softmax(-1) * weights[:, None]
             shares = member.sum(0)
-            pairs = [_moments(x, m / m.sum().clamp(min=1e-12)) for m in member.T]
+            pairs = [moments(x, m / m.sum().clamp(min=1e-12)) for m in member.T]
             means = torch.stack([mean for mean, _ in pairs])
             # A tenth of the whole: a few heavy points must not make a needle.
             covs = torch.stack([0.9 * cov + 0.1 * whole[1] for _, cov in pairs])
@@ -129,7 +129,8 @@ def fitted(x: Tensor, weights: Tensor, kinds: int, count: int, noise: torch.Gene
     return Proposal(means, torch.linalg.cholesky(covs), one, one, each)
 
 
-def _moments(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def moments(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean `[K]` and covariance `[K, K]` of weighted points."""
     mean = weights @ x
     offset = x - mean
     cov = (weights[:, None] * offset).T @ offset
