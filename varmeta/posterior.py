@@ -388,8 +388,7 @@ class Draws(TaskPosterior):
         if count == total:
             return self
         if count < total:
-            like: Any = {"dtype": torch.float32, "device": self.draws.device}
-            index = torch.linspace(0, total - 1, count, **like).round().long()
+            index = thinned(total, count, self.draws.device)
         else:
             index = torch.randint(total, (count,), generator=generator, device=self.draws.device)
         shared = self.shared[index] if self.shared.dim() > 1 else self.shared
@@ -407,3 +406,9 @@ def _some(names: tuple[str, ...]) -> str:
     if len(names) == 1:
         return f"task {names[0]!r}"
     return f"{len(names)} tasks ({', '.join(map(repr, names[:3]))}{', …' * (len(names) > 3)})"
+
+
+def thinned(total: int, count: int, device: torch.device) -> Tensor:
+    """`[count]` of the positions 0 to `total` − 1, evenly chosen."""
+    like: Any = {"dtype": torch.float32, "device": device}
+    return torch.linspace(0, total - 1, count, **like).round().long()

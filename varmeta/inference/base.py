@@ -288,6 +288,18 @@ class Strategy(Checked, ABC):
         """Whether posteriors are given the prior's scales as points, and not integrated over."""
         return True
 
+    def shared_draws(self, state: State) -> dict[str, Tensor] | None:
+        """Draws of what all tasks share, where the strategy has its posterior; None for points.
+
+        `loc` `[S, D]`, `log_scale` `[S, M]` and `shared` `[S, P]`, in the order of the draws of
+        `posterior`.
+        """
+        return None
+
+    def worst_k(self, state: State) -> float:
+        """Pareto k̂ of what is learned across tasks, or of a task that was seen; NaN without any."""
+        return math.nan
+
     def prepare(self, tasks: Tasks | TaskSource, seed: int) -> Tasks | TaskSource:
         """The tasks as this strategy wants to see them; itself, unless it says otherwise."""
         return tasks

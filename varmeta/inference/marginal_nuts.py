@@ -45,7 +45,12 @@ class Potential:
     def make(
         cls, belief: Belief, marginal: Marginal, mode: Tensor, known: Reference, steps: int
     ) -> Potential:
-        """With its program, of so many Newton steps: one is enough where tasks are parabolas."""
+        """With its program, of so many Newton steps: one is enough where tasks are parabolas.
+
+        Without one for 0 steps.
+        """
+        if not steps:
+            return cls(belief, marginal, mode, known, None)
         function = _program(belief, marginal, mode, steps)
         given = [mode[belief.free], *_data(marginal, known)]
         program: Callable[..., Any] | None

@@ -14,7 +14,6 @@ with the same random numbers for every ψ, so that what errors are left hardly d
 from __future__ import annotations
 
 import math
-import warnings
 from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
@@ -27,6 +26,7 @@ from varmeta.importance import good_k, smooth
 from varmeta.inference.base import (
     Batch,
     Meta,
+    NonFiniteLoss,
     State,
     StepInfo,
     Strategy,
@@ -38,6 +38,7 @@ from varmeta.inference.laplace import MAX_DIM
 from varmeta.inference.learned import EXACT, Evaluated, put
 from varmeta.inference.marginal import Marginal, Points, Reference
 from varmeta.inference.marginal_nuts import CHAIN, Potential
+from varmeta.inference.nested_checks import require_proper, rivals, warn_of_modes
 from varmeta.inference.nested_posterior import task_draws
 from varmeta.inference.nuts_kernel import Sampler
 from varmeta.inference.proposal import FIELDS, Proposal, fitted, moments, resampled
@@ -58,7 +59,10 @@ _NEAR = 2  # of these that are near; the others are for a second component, for 
 _SIDES = (0.5, 4.0)
 _FAR_SHARE = 0.3  # of the draws, from the second component
 _WANTED_K = 0.5  # further rounds are worth their price above it, though weights are good to 0.7
-_MIXED = 1.05  # R-hat
+_MIXED, _JUDGED = 1.05, 100  # R-hat, and draws per chain from which it is worth reading
+_STARTS, _RESTARTS = 4, 3  # from which other modes are looked for; climbs from better ones
+_JUMPS = 16  # draws of ψ for which it is asked whether the modes of tasks are still the best
+_LONG = 200  # transitions
 _ENOUGH = 0.25  # effective draws, as a share of the draws that are wanted
 
 
@@ -98,6 +102,11 @@ class NestedLaplace(Strategy):
     target_accept: Annotated[float, Within(0, 1, above=True, below=True)] = 0.8
 
     @property
+    def name(self) -> str:
+        """`NestedLaplace`, with the sampler if it is NUTS."""
+        return "NestedLaplace" + " (NUTS)" * (self.sampler == "nuts")
+
+    @property
     def num_steps(self) -> int:
         """Steps to the mode, one that looks around there, and rounds of draws (or transitions)."""
         nuts = self.sampler == "nuts"
@@ -124,6 +133,16 @@ class NestedLaplace(Strategy):
     def shortfall(self, state: State) -> str:
         """What is not to be trusted."""
         return state.arrived if _marks(state)["short"] else ""
+
+    def shared_draws(self, state: State) -> dict[str, Tensor] | None:
+        """See `Strategy.shared_draws`."""
+        self._require_draws(state)
+        return {name: state.tensors[name] for name in ("loc", "log_scale", "shared")}
+
+    def worst_k(self, state: State) -> float:
+        """Of the weights of ψ, or of the task that is least like its Gaussian."""
+        each = state.tensors["task_k"].nan_to_num(nan=-math.inf)
+        return max(float(state.tensors["psi_k"]), float(each.max()))
 
     def prepare(self, tasks: Tasks | TaskSource, seed: int) -> Tasks:
         """All rows of the tasks; a stream has no end to condition on."""
@@ -161,7 +180,7 @@ class NestedLaplace(Strategy):
         tensors["slope"] = like.new_zeros(count, dim)
         tensors["curvature"] = like.new_zeros(count, dim, dim)
         state = State(meta, optimisers, tensors)
-        state.counts["nested"] = [_CLIMB, 0, 0, 0, 0]
+        state.counts["nested"] = [_CLIMB, 0, 0, 0, 0, 0]
         return state
 
     def step(
@@ -199,6 +218,13 @@ class NestedLaplace(Strategy):
 
     # -- private ----------------------------------------------------------------------------------
 
+    def _require_draws(self, state: State) -> None:
+        if "loc" not in state.tensors:
+            raise ValueError(
+                f"{self.name} has no draws yet: the run was stopped at step {state.step}; go on "
+                "with it, by fit with the same checkpoint"
+            )
+
     @property
     def _quasi_newton(self) -> QuasiNewton:
         return QuasiNewton(self.tolerance, self.steps)
@@ -225,6 +251,8 @@ class NestedLaplace(Strategy):
     def _climb(self, belief: Belief, marginal: Marginal, state: State, batch: Batch) -> StepInfo:
         """A step of the quasi-Newton method on −log p̂(D | ψ) − log p(ψ)."""
         meta, total = state.meta, batch.total
+        if state.step == 0:
+            require_proper(belief, marginal, _known(state))
 
         def evaluate() -> Evaluated:
             raw = belief.raw[None]
@@ -258,8 +286,18 @@ class NestedLaplace(Strategy):
         self, belief: Belief, marginal: Marginal, state: State, noise: torch.Generator
     ) -> None:
         """At the mode: the curvature, how far the density reaches, and which tasks bend."""
-        tensors, free = state.tensors, belief.free
+        tensors, free, marks = state.tensors, belief.free, state.counts["nested"]
         mode = belief.raw
+        seen = rivals(marginal, belief.points(mode[None]), _known(state), noise, _STARTS)
+        if bool(seen.better.any()) and marks[5] < _RESTARTS:
+            # Some tasks have a better mode than the one that was followed here: on from it.
+            tensors["minima"] = torch.where(seen.better[:, None], seen.theta, tensors["minima"])
+            tensors["slope"].zero_()
+            tensors["curvature"].zero_()
+            tensors["outer_loss"].fill_(torch.nan)
+            marks[0], marks[5] = _CLIMB, marks[5] + 1
+            return
+        tensors["rivals"] = seen.share
         bent, k = needed(marginal, belief.points(mode[None]), _known(state), self.points)
         tensors |= {"mode": mode, "bent": bent, "task_k": k}
         target = self._target(belief, marginal, state)
@@ -289,7 +327,7 @@ class NestedLaplace(Strategy):
             value, _ = target(psi)
             weights, _, _ = _weights(value, made.log_prob(psi))
             tensors |= dict(zip(("middle", "mass"), moments(psi, weights), strict=True))
-        state.counts["nested"][0] = _DRAW
+        marks[0] = _DRAW
 
     def _target(self, belief: Belief, marginal: Marginal, state: State) -> Target:
         tensors = state.tensors
@@ -344,7 +382,9 @@ class NestedLaplace(Strategy):
         target, last = self._target(belief, marginal, state), self.chains * self._transitions
         with pyro_untouched(), validation_off(), global_rng(noise):
             if "sampler" not in state.cache:
-                steps = 2 if bool(tensors["bent"].any()) else 1
+                steps = 0  # of a recorded program, which does not pay for a short run
+                if last >= _LONG:
+                    steps = 2 if bool(tensors["bent"].any()) else 1
                 made = Potential.make(belief, marginal, tensors["mode"], target.known, steps)
                 mass, middle = tensors["mass"], tensors["middle"]
                 kernel = Sampler(made, {"psi": middle.shape})
@@ -371,7 +411,8 @@ class NestedLaplace(Strategy):
             value = target.correction(target.points(psi), target.known)
             weights, k, share = _weights(value, torch.zeros_like(value))
             ess *= share / len(psi)
-        trusted = rhat <= _MIXED and k <= good_k(len(psi))
+        judged = self.chains > 1 and len(psi) >= _JUDGED * self.chains
+        trusted = (rhat <= _MIXED or not judged) and k <= good_k(len(psi))
         said = f"NUTS: worst R-hat {rhat:.3f}, {ess:.0f} effective of {len(psi)} draws"
         if k > -math.inf:
             said += f", weighed for what is no parabola: k̂ {k:.2f}"
@@ -392,6 +433,8 @@ class NestedLaplace(Strategy):
         """Draws of ψ, and θ0, scales and φ of the state: their posterior means."""
         tensors, marks = state.tensors, state.counts["nested"]
         pick = resampled(weights, self.draws, noise)
+        # A draw that is there twice is not to stand beside itself.
+        pick = pick[torch.randperm(len(pick), generator=noise, device=pick.device)]
         raw = tensors["mode"].repeat(self.draws, 1)
         raw[:, belief.free] = tensors["psi"][pick]
         points = belief.points(raw)
@@ -399,12 +442,22 @@ class NestedLaplace(Strategy):
         mean = tensors["mode"].clone()
         mean[belief.free] = weights @ tensors["psi"]
         put(state.meta, mean)
+        if belief.params:
+            named = ", ".join(map(repr, belief.params))
+            said += f"; {named}, which has no prior, is a point"
         if marks[3]:
             said = f"the mode was not found in {self.steps} steps (raise steps); {said}"
         marks[3] = int(bool(marks[3]) or not trusted)
         state.arrived = said
+        target: Target = state.cache["target"]
+        some = points.select(slice(0, _JUMPS))
+        seen = rivals(target.marginal, some, target.known, noise, _STARTS)
+        share = torch.maximum(tensors["rivals"], seen.share)
+        tensors["rivals"] = share
+        unsolved = seen.unsolved
         if len(tensors["unsolved"]):
-            _warn_of_unsolved(self.name, state, weights)
+            unsolved = torch.maximum(unsolved, weights @ tensors["unsolved"].to(weights))
+        warn_of_modes(self.name, target.marginal.tasks.names, unsolved, share)
 
     def _task_draws(
         self,
@@ -415,12 +468,8 @@ class NestedLaplace(Strategy):
         *,
         fresh: bool,
     ) -> TaskPosterior:
+        self._require_draws(state)
         tensors = state.tensors
-        if "loc" not in tensors:
-            raise ValueError(
-                f"{self.name} has no draws yet: the run was stopped at step {state.step}; go on "
-                "with it, by fit with the same checkpoint"
-            )
         points = Points(
             tensors["loc"], tensors["log_scale"], tensors["shared"], state.meta.origin.groups
         )
@@ -454,7 +503,13 @@ class Target:
         value = found.log_evidence + self.belief.log_prob(points)
         if self.correction is not None:
             value = value + self.correction(points, self.known)
-        return value.nan_to_num(nan=-torch.inf, posinf=-torch.inf), found.unsolved
+        value = value.nan_to_num(nan=-torch.inf, posinf=-torch.inf)
+        if not bool((value > -torch.inf).any()):
+            raise NonFiniteLoss(
+                f"the tasks' evidence is not finite at any of {len(psi)} draws of θ0, scales and φ "
+                "around the mode; tighten the model's priors"
+            )
+        return value, found.unsolved
 
     def gradient(self, psi: Tensor) -> Tensor:
         """`[S, K]`, without the correction's part."""
@@ -468,7 +523,7 @@ class Target:
 
 
 def _marks(state: State) -> dict[str, int]:
-    phase, climbed, rounds, short, _ = state.counts["nested"]
+    phase, climbed, rounds, short, *_ = state.counts["nested"]
     return {"phase": phase, "climbed": climbed, "rounds": rounds, "short": short}
 
 
@@ -523,17 +578,3 @@ def _weights(log_target: Tensor, log_q: Tensor) -> tuple[Tensor, float, float]:
 
 def _scalar(value: float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64)
-
-
-def _warn_of_unsolved(name: str, state: State, weights: Tensor) -> None:
-    """Name the tasks whose mode was not found for draws that count."""
-    share = weights @ state.tensors["unsolved"].to(weights)
-    state.tensors["task_unsolved"] = share
-    if float(share.max()) > 0.01:
-        warnings.warn(
-            f"{name}: the mode of {int((share > 0.01).sum())} tasks was not found for more than "
-            "1% of the posterior of θ0, scales and φ: their part of the evidence is not to be "
-            "trusted. Look for a kink in the model, or tighten its priors",
-            RuntimeWarning,
-            stacklevel=3,
-        )
