@@ -202,9 +202,6 @@ CATALOGUE = {
     "no pooling": Entry(NoPooling(steps=8, adapt_steps=8)),
     "complete pooling": Entry(CompletePooling(draws=20), separate=True),
     "nested laplace": Entry(NestedLaplace(steps=30, draws=200)),
-    "nested laplace, nuts": Entry(
-        NestedLaplace(sampler="nuts", steps=30, draws=20, warmup=4, chains=2)
-    ),
     "nuts": Entry(PyroNUTS(draws=6, warmup=4, chains=2, proposals=50)),
     "svi": Entry(PyroSVI(steps=6, adapt_steps=4, draws=20)),
     "svi point": Entry(

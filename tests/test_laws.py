@@ -133,7 +133,7 @@ def test_silent_when_not_a_terminal(entry: Entry) -> None:
 def test_padding_changes_nothing(entry: Entry) -> None:
     plain = done(entry)
     result = run(entry, widened(TRAIN, 3))
-    if "NUTS" in entry.strategy.name:  # chaotic in the rounding: hold the training fixed
+    if entry.strategy.name == "PyroNUTS":  # chaotic in the rounding: hold the training fixed
         result.state.load_state_dict(plain.state.state_dict())
     torch.testing.assert_close(result.prior.loc, plain.prior.loc, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(result.shared, plain.shared, rtol=1e-9, atol=1e-9)

@@ -15,7 +15,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers import FLOAT, case_of, tensor
+from helpers import FLOAT, assert_same, case_of, tensor
 from linear_gaussian import LinearGaussian
 from scipy.special import expit
 from torch import Tensor
@@ -130,6 +130,26 @@ def test_nuts_over_what_tasks_share_agrees() -> None:
     posterior = result.posterior()
     off = np.abs(posterior.mean[:, 0].numpy() - truth["theta"]) / truth["theta sd"]
     assert off.max() < 0.4
+
+
+def test_nuts_stopped_and_resumed_is_nuts_as_a_whole(tmp_path: Path) -> None:
+    """Bit for bit, from a file, in the middle of a chain."""
+    tasks = schools()
+    density = vm.Density(school, tasks)
+    strategy = vm.NestedLaplace(sampler="nuts", draws=20, warmup=6, chains=1, tolerance=0.1)
+    whole = vm.fit(strategy, density, tasks)
+
+    def stop(step: int, _: object) -> None:
+        if step == whole.state.step - 8:
+            raise KeyboardInterrupt
+
+    path = tmp_path / "run.pt"
+    with pytest.raises(KeyboardInterrupt):
+        vm.fit(strategy, density, tasks, checkpoint=path, on_step=stop)
+    assert_same(
+        vm.fit(strategy, density, tasks, checkpoint=path).state.state_dict(),
+        whole.state.state_dict(),
+    )
 
 
 # -- closed forms and quadrature of other kinds ----------------------------------------------------

@@ -219,7 +219,8 @@ class Marginal:
             if gradient:
                 for whole, part in zip(slopes, self._gradient(block), strict=True):
                     whole[block.draws] += part
-        found = Points(*slopes, points.groups) if gradient else None
+        a, b, c = slopes
+        found = Points(a, b, c, points.groups) if gradient else None
         bad = ~value.isfinite()
         known = Reference(theta, first, second)
         return Total(value.masked_fill(bad, -torch.inf), found, unsolved, losses, known)
@@ -329,11 +330,11 @@ class Marginal:
         """Of Σ_t log p̂(D_t | ψ) in θ0, log scales and φ, `[s, ·]` each."""
         points, inner = block.points, block.inner
         with torch.enable_grad():
-            leaves = [
+            loc, log_scale, phi = leaves = [
                 t.detach().requires_grad_() for t in (points.loc, points.log_scale, points.shared)
             ]
             z = inner.z.detach().requires_grad_()
-            moved = Points(*leaves, points.groups)
+            moved = Points(loc, log_scale, phi, points.groups)
             scale = moved.scale[:, None]
             theta = moved.loc[:, None] + scale * z
             shared = moved.shared[:, None].expand(*z.shape[:-1], -1)

@@ -266,6 +266,7 @@ class NestedLaplace(Strategy):
             grads = slope.split([t.numel() for t in leaves])
             stats = {"converged": ~found.unsolved[0]}
             near = found.known
+            assert near.slope is not None and near.curvature is not None
             keep = {"minima": near.theta, "slope": near.slope, "curvature": near.curvature}
             return Evaluated(StepInfo(value, 0, stats), list(grads), keep)
 
@@ -311,8 +312,8 @@ class NestedLaplace(Strategy):
         if bool(bent.any()):
             way = 1.5 * axes[:, : len(belief.scales)].T
             near = torch.cat([mode[free][None], mode[free] + way, mode[free] - way])
-            count = enough(marginal, bent, target.points(near), _known(state), self.points)
-            tensors["points"] = torch.tensor(count)
+            most = enough(marginal, bent, target.points(near), _known(state), self.points)
+            tensors["points"] = torch.tensor(most)
         state.cache.pop("target")  # it has too few points
         count = torch.full_like(mode[:2], self.draws // 2)
         count = (count * count.new_tensor([1 - _FAR_SHARE, _FAR_SHARE])).round()
@@ -392,9 +393,8 @@ class NestedLaplace(Strategy):
                 state.cache["sampler"] = kernel
             kernel = state.cache["sampler"]
             _, place = divmod(marks[2], self._transitions)
-            here = {name: tensors.get(f"chain_{name}") for name in CHAIN}
-            begun = kernel.begin() if place == 0 else here
-            after, diverged = kernel.transition(begun)  # type: ignore[arg-type]
+            chain = {name: tensors[f"chain_{name}"] for name in CHAIN * bool(place)}
+            after, diverged = kernel.transition(chain or kernel.begin())
         marks[2] += 1
         tensors |= {f"chain_{name}": value for name, value in after.items()}
         if place >= self.warmup:

@@ -120,5 +120,7 @@ def _drawn(marginal: Marginal, block: Block, copies: int, noise: torch.Generator
 
 
 def _middle(points: Points) -> Points:
-    means = (t.mean(0, keepdim=True) for t in (points.loc, points.log_scale, points.shared))
-    return Points(*means, points.groups)
+    loc, log_scale, shared = (
+        t.mean(0, keepdim=True) for t in (points.loc, points.log_scale, points.shared)
+    )
+    return Points(loc, log_scale, shared, points.groups)
