@@ -59,8 +59,9 @@ def to_arviz(
     - `posterior`: every adapted site by name on the model's own scale, `(chain, draw, task, ...)`;
       every shared site and param, `(chain, draw, ...)`, constant where the strategy has a point
       estimate of it. (New tasks adapted to by NUTS or nested Laplace have draws of φ of their own,
-      and `task` among the dimensions.) `pyro.deterministic` sites of the model: `(chain, draw, row, ...)` where they
-      have a value for each row, else `(chain, draw, task, ...)`. With the draws of NUTS and of
+      and `task` among the dimensions.) `pyro.deterministic` sites of the model:
+      `(chain, draw, row, ...)` where they have a value for each row, else
+      `(chain, draw, task, ...)`. With the draws of NUTS and of
       nested Laplace come θ0 and Σ's standard deviations, as `<site>_loc` and `<site>_scale` on the
       unconstrained scale.
     - `prior`: what is known of a new task before its data are seen, without `task`: θ ~ N(θ0, Σ) on
