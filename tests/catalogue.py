@@ -28,6 +28,7 @@ from varmeta import (
     LaplaceEvidence,
     LogDet,
     MetaSGD,
+    NestedLaplace,
     NoPooling,
     OneStep,
     Pathwise,
@@ -200,6 +201,7 @@ CATALOGUE = {
     ),
     "no pooling": Entry(NoPooling(steps=8, adapt_steps=8)),
     "complete pooling": Entry(CompletePooling(draws=20), separate=True),
+    "nested laplace": Entry(NestedLaplace(steps=30, draws=200)),
     "nuts": Entry(PyroNUTS(draws=6, warmup=4, chains=2, proposals=50)),
     "svi": Entry(PyroSVI(steps=6, adapt_steps=4, draws=20)),
     "svi point": Entry(

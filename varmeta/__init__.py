@@ -52,6 +52,7 @@ from varmeta.inference.mechanisms import Mechanisms, mechanisms, mechanisms_at
 from varmeta.inference.minimise import Adam, GradientDescent, ProximalDescent
 from varmeta.inference.minres import MINRES
 from varmeta.inference.modes import map_estimate
+from varmeta.inference.nested import NestedLaplace
 from varmeta.inference.newton import NewtonCG
 from varmeta.inference.nuts import PyroNUTS
 from varmeta.inference.nystrom import Nystrom
@@ -117,6 +118,7 @@ __all__ = [
     "MetaSGD",
     "ModePath",
     "Modules",
+    "NestedLaplace",
     "Neumann",
     "NewtonCG",
     "NoPooling",

@@ -54,7 +54,9 @@ class Comparison:
         folder: where the files lie; None if none were wanted. With `overwrite` and not one strategy
             that was scored, this is `replacement/` within the folder that was given.
         table: one row per strategy and set of tasks, with columns `strategy`, `posterior` (what was
-            scored: draws, gaussian, laplace, delta), `set`, `rows` held out, `tasks` that have
+            scored: draws, gaussian, laplace, delta), `carries`, which part of what is not known
+            its spread stands for ("nothing"; "tasks", θ_i given θ0, Σ and φ as points; "tasks,
+            prior", those too), `set`, `rows` held out, `tasks` that have
             some, `elpd` (log predictive density per held-out row, nats) with its standard error
             across tasks `elpd_se`, `elpd_diff` to the best strategy with that of the paired
             difference `elpd_diff_se`,
@@ -64,7 +66,8 @@ class Comparison:
             `elpd[name]`, `rmse[name]` and `coverage[name]`),
             `pareto_k` of the worst task, given the rows that its posterior was conditioned on (see
             `evidence`; above 0.7 its q_i is not to be trusted; −inf where q_i is exact for the
-            learned prior held fixed, which leaves out what is not known of its scales; NaN for
+            learned prior held fixed, which leaves out what is not known of its scales; for
+            `NestedLaplace` the worst of a task and of the weights of θ0, Σ and φ; NaN for other
             draws and deltas),
             `gap`, the mean `reachability_gap` of the training tasks, nats per task: how much worse
             a fresh adaptation is than the posteriors that the strategy kept,

@@ -22,7 +22,7 @@ from varmeta.inference.nuts import PyroNUTS
 from varmeta.inference.soundness import check_posterior
 from varmeta.models.density import Density
 from varmeta.models.observed import observed_data
-from varmeta.posterior import Draws, Gaussian, TaskPosterior
+from varmeta.posterior import Draws, Gaussian, TaskPosterior, thinned
 from varmeta.seeds import generator
 from varmeta.shrinkage import MOST_MODULES
 from varmeta.tasks import Tasks, TaskSource
@@ -58,14 +58,15 @@ def to_arviz(
 
     - `posterior`: every adapted site by name on the model's own scale, `(chain, draw, task, ...)`;
       every shared site and param, `(chain, draw, ...)`, constant where the strategy has a point
-      estimate of it. (New tasks adapted to by NUTS have draws of φ of their own, and `task` among
-      the dimensions.) `pyro.deterministic` sites of the model: `(chain, draw, row, ...)` where they
-      have a value for each row, else `(chain, draw, task, ...)`. With the draws of NUTS itself come
-      θ0 and Σ's standard deviations, as `<site>_loc` and `<site>_scale` on the unconstrained scale.
+      estimate of it. (New tasks adapted to by NUTS or nested Laplace have draws of φ of their own,
+      and `task` among the dimensions.) `pyro.deterministic` sites of the model:
+      `(chain, draw, row, ...)` where they have a value for each row, else
+      `(chain, draw, task, ...)`. With the draws of NUTS and of nested Laplace come θ0 and Σ's
+      standard deviations, as `<site>_loc` and `<site>_scale` on the unconstrained scale.
     - `prior`: what is known of each task before its data are seen: θ_i ~ N(θ0, Σ) on the model's
       own scale, and the shared sites, with the dimensions that they have in `posterior`, as
-      `az.plot_dist_comparison` wants it. For NUTS θ0, Σ and φ are drawn from their posterior, and
-      `<site>_loc` and `<site>_scale` are there too.
+      `az.plot_dist_comparison` wants it. For NUTS and nested Laplace θ0, Σ and φ are drawn from
+      their posterior, and `<site>_loc` and `<site>_scale` are there too.
     - `posterior_predictive`, `prior_predictive`, `log_likelihood`, `observed_data`:
       `(..., row, ...)`, the rows that exist, task after task. Coordinates `task_of_row` and
       `row_id` (`tasks.row_ids`) of `observed_data` and `constant_data` say which they are (in a
@@ -76,8 +77,8 @@ def to_arviz(
       a mask of the model leaves it out, as of a censored time. A draw of `prior_predictive` has
       each task's θ_i of `prior`. Without a sampler of its law both are left out, with a warning.
       Where all rows of a task are one draw, `log_likelihood` is `(..., task)`.
-    - `constant_data`: `inputs` `(row, input)`, `num_rows` `(task)`; and, save for NUTS,
-      `<site>_loc` and `<site>_scale`. They are point estimates then: repeated over draws they would
+    - `constant_data`: `inputs` `(row, input)`, `num_rows` `(task)`; and, save for NUTS and nested
+      Laplace, `<site>_loc` and `<site>_scale`. They are point estimates then: repeated over draws they would
       have no ESS or R-hat, and `az.summary` and the trace plots would warn of that.
     - `sample_stats`: for NUTS `diverging` `(chain, draw)`; for a posterior with a density `log_p`,
       which is log p(y_i | θ_i, φ) + log N(θ_i; θ0, Σ), and `log_q`, log q_i(θ_i), `(chain, draw,
@@ -235,16 +236,19 @@ def _groups(
     wanted: Mapping[str, bool],
 ) -> dict[str, Variables]:
     density, device = fit.density, fit.prior.loc.device
-    nuts, chains = isinstance(fit.strategy, PyroNUTS), 1
+    chains = 1
     if isinstance(posterior, Draws):
         chains, total = posterior.num_chains, len(posterior.draws)
+        nuts = isinstance(fit.strategy, PyroNUTS)
         draws = total if nuts or chains > 1 else min(draws, total)
     theta, shared = posterior.sample(draws, generator(seed, _SAMPLE, device=device))
     drawn = _drawn(density.constrain(theta), "task", chains=chains)
     drawn |= _shared(density, shared, draws, chains)
     more = derived(density, theta, rows, shared)
     drawn |= {n: _variable(n, v, *_DRAW, d, chains=chains) for n, (d, v) in more.items()}
-    hyper, learned, fresh = _prior(fit, theta, chains, generator(seed, _PRIOR, device=device))
+    hyper, learned, fresh, of_prior = _prior(
+        fit, theta, chains, generator(seed, _PRIOR, device=device)
+    )
     # What has no dimensions of draws would be in the way of `to_dataframe` in `sample_stats`.
     stats, adaptation = Variables(), _stats(fit, posterior, trained)
     constant = {"num_rows": _variable("num_rows", rows.num_rows, "task")}
@@ -252,12 +256,12 @@ def _groups(
         named = rows.inputs.dim() == 3 and len(rows.input_names) == rows.inputs.shape[-1]
         lead = ("row", "input") if named else ("row",)
         constant["inputs"] = _variable("inputs", rows.inputs[rows.mask], *lead)
-    if not nuts:
+    if not of_prior:
         constant |= hyper
-    elif isinstance(posterior, Draws) and torch.equal(posterior.draws, fit.state.tensors["theta"]):
-        # A new task's draws were resampled, and belong to no draw of θ0 and Σ in particular.
+    elif isinstance(posterior, Draws) and _of_one_draw(fit, posterior):
         drawn |= hyper
-        stats = _drawn({"diverging": fit.state.tensors["diverging"]}, chains=chains)
+        if "diverging" in fit.state.tensors:
+            stats = _drawn({"diverging": fit.state.tensors["diverging"]}, chains=chains)
 
     predicted, before, nats = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
     if wanted["posterior_predictive"]:
@@ -310,21 +314,34 @@ def _single(values: np.ndarray) -> np.ndarray:
     return values if seen.any() or not np.isfinite(size).all() else values.astype(np.float32)
 
 
+def _of_one_draw(fit: Fit, posterior: Draws) -> bool:
+    """Whether each draw of θ belongs to one of θ0 and Σ; those of new tasks were resampled."""
+    theta = fit.state.tensors.get("theta")
+    if theta is not None:  # of NUTS
+        return torch.equal(posterior.draws, theta)
+    return "importance_ess" not in posterior.stats
+
+
 def _prior(
     fit: Fit, like: Tensor, chains: int, noise: torch.Generator
-) -> tuple[Variables, Variables, tuple[Tensor, Tensor]]:
+) -> tuple[Variables, Variables, tuple[Tensor, Tensor], bool]:
     """θ0 and the standard deviations of Σ; θ_i ~ N(θ0, Σ), with φ; these two, as `sample` has them.
 
-    As many draws as `like` `[S, T, D]` has; of NUTS as many as were kept.
+    And whether θ0 and Σ are draws, and no points. As many draws as `like` `[S, T, D]` has; of NUTS
+    as many as were kept.
     """
     density, prior, draws = fit.density, fit.prior, len(like)
-    if not isinstance(fit.strategy, PyroNUTS):
+    kept = (fit.settled or fit.strategy).shared_draws(fit.state)
+    if kept is None:
         variance = prior.scale**2 + (0 if prior.factor is None else prior.factor.square().sum(-1))
         hyper = _hyper(density, prior.loc, variance.sqrt())
         theta = prior.sample(like.shape[:-1], noise)
         new = _drawn(density.constrain(theta), "task", chains=chains)
-        return hyper, new | _shared(density, fit.shared, draws, chains), (theta, fit.shared)
-    kept, chains = fit.state.tensors, fit.strategy.chains
+        return hyper, new | _shared(density, fit.shared, draws, chains), (theta, fit.shared), False
+    chains = fit.strategy.chains if isinstance(fit.strategy, PyroNUTS) else 1
+    if not isinstance(fit.strategy, PyroNUTS) and draws < len(kept["loc"]):  # as those of tasks are
+        index = thinned(len(kept["loc"]), draws, prior.loc.device)
+        kept = {name: value[index] for name, value in kept.items()}
     loc, scale = kept["loc"], kept["log_scale"].exp()[:, prior.groups]
     shape = (len(loc), *like.shape[1:])
     standard = torch.randn(shape, generator=noise, dtype=loc.dtype, device=loc.device)
@@ -332,7 +349,7 @@ def _prior(
     hyper = _hyper(density, loc, scale, *_DRAW, chains=chains)
     new = _drawn(density.constrain(theta), "task", chains=chains)
     new |= _shared(density, kept["shared"][:, None], len(loc), chains)
-    return hyper, new | hyper, (theta, kept["shared"][:, None].expand(-1, like.shape[1], -1))
+    return hyper, new | hyper, (theta, kept["shared"][:, None].expand(-1, like.shape[1], -1)), True
 
 
 def _as_in(posterior: Variables, name: str, variable: Variable) -> Variable:

@@ -88,6 +88,21 @@ def row_parts(tasks: Tasks, rows: int) -> Iterator[Part]:
             yield _part(tasks, index, columns)
 
 
+def by_length(tasks: Tasks, kinds: int = 4) -> list[Part]:
+    """All tasks in at most so many parts of similar length, so that little of them is padding."""
+    rows = tasks.num_rows.clamp(min=1)
+    width = 2 ** rows.double().log2().ceil().long()
+    shown = width.unique().flip(0)[:kinds]  # what is shorter than all of these goes with the last
+    width = width.clamp(min=int(shown[-1]))
+    place = torch.arange(1, tasks.mask.shape[1] + 1, device=tasks.mask.device)
+    last = (tasks.mask * place).amax(-1).clamp(min=1)
+    out = []
+    for size in shown.tolist():
+        index = (width == size).nonzero()[:, 0]
+        out.append(_part(tasks, index, slice(0, int(last[index].max()))))
+    return out
+
+
 def log_likelihood(
     density: Density, theta: Tensor, tasks: Tasks, shared: Tensor, site: str | None = None
 ) -> Iterator[tuple[Part, Tensor]]:
@@ -100,7 +115,7 @@ def log_likelihood(
         shared: φ, `[P]` or `[S, T, P]`.
         site: one observed site alone; all of them if None.
     """
-    numbers = _numbers_per_row(density, theta, tasks, shared)
+    numbers = numbers_per_row(density, theta, tasks, shared)
     for part in row_parts(tasks, _least(density, tasks, AT_ONCE // max(len(theta), numbers))):
         each = numbers * part.tasks.mask.numel()
         with torch.no_grad():
@@ -166,7 +181,7 @@ def _each(
     shared: Tensor,
 ) -> Iterator[tuple[Part, dict[str, Tensor]]]:
     """`function` of all draws, some rows at a time, in parts that may be kept."""
-    numbers = _numbers_per_row(density, theta, tasks, shared)
+    numbers = numbers_per_row(density, theta, tasks, shared)
     for part in row_parts(tasks, _least(density, tasks, LARGEST // max(len(theta), numbers))):
         each = numbers * part.tasks.mask.numel()
         found = [
@@ -200,7 +215,7 @@ def _drawn(
         yield theta[some][:, part.index], phi
 
 
-def _numbers_per_row(density: Density, theta: Tensor, tasks: Tasks, shared: Tensor) -> int:
+def numbers_per_row(density: Density, theta: Tensor, tasks: Tasks, shared: Tensor) -> int:
     """Numbers of the model's largest tensor for each row of one draw: 1 for a regression.
 
     Measured, not modelled: on the longest task, which is run once.

@@ -370,22 +370,26 @@ class Gaussian(TaskPosterior):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Draws(TaskPosterior):
-    """Draws of each task. `draws`: `[S, T, D]`, chain after chain; `num_chains` divides S."""
+    """Draws of each task. `draws`: `[S, T, D]`, chain after chain; `num_chains` divides S.
+
+    `moments`: mean and standard deviation `[T, D]` where they are known better than from the draws.
+    """
 
     draws: Tensor
     num_chains: int = 1
+    moments: tuple[Tensor, Tensor] | None = None
 
     kind: ClassVar[str] = "draws"
 
     @property
     def mean(self) -> Tensor:
         """`[T, D]`."""
-        return self.draws.mean(0)
+        return self.draws.mean(0) if self.moments is None else self.moments[0]
 
     @property
     def sd(self) -> Tensor:
         """`[T, D]`."""
-        return self.draws.std(0)
+        return self.draws.std(0) if self.moments is None else self.moments[1]
 
     @property
     def covariance(self) -> Tensor:
@@ -411,15 +415,17 @@ class Draws(TaskPosterior):
         if count == total:
             return self
         if count < total:
-            like: Any = {"dtype": torch.float32, "device": self.draws.device}
-            index = torch.linspace(0, total - 1, count, **like).round().long()
+            index = thinned(total, count, self.draws.device)
         else:
             index = torch.randint(total, (count,), generator=generator, device=self.draws.device)
         shared = self.shared[index] if self.shared.dim() > 1 else self.shared
         return replace(self, draws=self.draws[index], shared=shared, num_chains=1)
 
     def _taken(self, index: Tensor) -> dict[str, Any]:
-        return {**super()._taken(index), "draws": self.draws[:, index]}
+        taken = {**super()._taken(index), "draws": self.draws[:, index]}
+        if self.moments is not None:
+            taken["moments"] = (self.moments[0][index], self.moments[1][index])
+        return taken
 
 
 def _some(names: tuple[str, ...]) -> str:
@@ -427,3 +433,9 @@ def _some(names: tuple[str, ...]) -> str:
     if len(names) == 1:
         return f"task {names[0]!r}"
     return f"{len(names)} tasks ({', '.join(map(repr, names[:3]))}{', …' * (len(names) > 3)})"
+
+
+def thinned(total: int, count: int, device: torch.device) -> Tensor:
+    """`[count]` of the positions 0 to `total` − 1, evenly chosen."""
+    like: Any = {"dtype": torch.float32, "device": device}
+    return torch.linspace(0, total - 1, count, **like).round().long()

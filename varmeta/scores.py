@@ -98,6 +98,7 @@ def score(outcome: Outcome, which: str, tasks: Tasks, draws: int, seed: int) -> 
     held_out = tasks.query if bool(tasks.is_query.any()) else None
     row = _empty(tasks) | {
         "posterior": posterior.kind,
+        "carries": _carries(fit, posterior),
         "pareto_k": _worst_k(fit, posterior, tasks.support, draws, seed),
         "seconds": fit.seconds,
         "adapt_seconds": outcome.adapt_seconds,
@@ -161,10 +162,17 @@ def score_table(
                     row["mean_shift"] = float(shift.median())
                     row["sd_ratio"] = float((posterior.sd / truth.sd).median())
             rows.append(row | {"failed": failures.get(name, "")})
-    first = ["strategy", "posterior", "set"]
+    first = ["strategy", "posterior", "carries", "set"]
     table = pd.DataFrame(rows)
     table["converged"] = table["converged"].astype(object)  # True, False, or None: it cannot say
     return table[first + [c for c in table.columns if c not in first]]
+
+
+def _carries(fit: Fit, posterior: TaskPosterior) -> str:
+    """Which part of what is not known a posterior's spread stands for."""
+    if posterior.kind == "delta":
+        return "nothing"
+    return "tasks" if fit.strategy.point_scales else "tasks, prior"
 
 
 def _empty(tasks: Tasks) -> dict[str, object]:
@@ -173,6 +181,7 @@ def _empty(tasks: Tasks) -> dict[str, object]:
     numbers += ["gap", "seconds", "adapt_seconds", "gradients", "mean_shift", "sd_ratio"]
     return {
         "posterior": "",
+        "carries": "",
         "rows": int(tasks.query.mask.sum()) if tasks.is_split else 0,
         "tasks": int((tasks.query.num_rows > 0).sum()) if tasks.is_split else 0,
         **dict.fromkeys(numbers, np.nan),
@@ -280,8 +289,8 @@ def _tallies(posterior: TaskPosterior, tasks: Tasks, draws: int, seed: int) -> d
 
 
 def _worst_k(result: Fit, posterior: TaskPosterior, tasks: Tasks, draws: int, seed: int) -> float:
-    """Pareto k of the worst task; NaN without a density."""
+    """Pareto k of the worst task; what the strategy says of itself where there is no density."""
     if not isinstance(posterior, Gaussian):
-        return float("nan")
+        return (result.settled or result.strategy).worst_k(result.state)
     found = evidence(posterior, result.prior, tasks, draws=max(draws, MIN_DRAWS), seed=seed)
     return float(found.pareto_k.max())

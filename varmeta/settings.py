@@ -19,6 +19,7 @@ from varmeta.inference.estimators import Score
 from varmeta.inference.imaml import IMAML
 from varmeta.inference.joint import JointVariational
 from varmeta.inference.maml import FOMAML, MAML, MetaSGD, Reptile
+from varmeta.inference.nested import NestedLaplace
 from varmeta.inference.nuts import PyroNUTS
 from varmeta.inference.pooling import CompletePooling, NoPooling
 from varmeta.inference.resets import Reset
@@ -44,6 +45,8 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "joint-full": lambda: JointVariational(q="full"),
     "stochastic": Stochastic,
     "stochastic-score": lambda: Stochastic(estimator=Score(), particles=8),
+    "nested-laplace": NestedLaplace,
+    "marginal-nuts": lambda: NestedLaplace(sampler="nuts"),
     "nuts": PyroNUTS,
     "svi": PyroSVI,
     "no-pooling": NoPooling,

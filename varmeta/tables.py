@@ -15,6 +15,7 @@ _NAME = 18  # that failed rows and scored ones stand below each other
 _HEADINGS = (
     "strategy",
     "posterior",
+    "spread\nof",
     "log density\nper row",
     "difference\nto best",
     "RMSE",
@@ -27,7 +28,9 @@ _HEADINGS = (
     "shift",
     "sd ratio",
 )
+_SPREAD = {"": "", "nothing": "–", "tasks": "θ|ψ", "tasks, prior": "θ,ψ"}  # by `carries`
 _CAPTION = (
+    "spread of: θ|ψ, each task's θ given θ0, Σ and φ as points; θ,ψ, these too; "
     "log density in nats; ± a standard error across tasks (difference: of the pairs); "
     "k̂: Pareto k of the worst task, above 0.7 its q is not to be trusted; exact|Σ: q is exact "
     "for the learned prior held fixed, and what is not known of its scales is left out; "
@@ -71,6 +74,7 @@ def _scores(part: pd.DataFrame, width: int) -> Table:
         out.add_row(
             Text(str(row["strategy"])),
             row["posterior"],
+            _SPREAD[row["carries"]],
             _number(row["elpd"], ".3f", row["elpd_se"]),
             "best" if best else _number(row["elpd_diff"], ".4f", row["elpd_diff_se"]),
             _number(row["rmse"], ".3g"),

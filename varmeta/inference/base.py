@@ -290,6 +290,10 @@ class Strategy(Checked, ABC):
         """Whether the run ends by a test of its own, so that ending at the limit says something."""
         return False
 
+    def has_converged(self, state: State) -> bool:
+        """Whether a run that ended did so because it had arrived, where `is_tested`."""
+        return bool(state.arrived)
+
     def shortfall(self, state: State) -> str:
         """Why a run that has not arrived ended, in words; empty: the limit of steps came first."""
         return ""
@@ -312,6 +316,18 @@ class Strategy(Checked, ABC):
     def point_scales(self) -> bool:
         """Whether posteriors are given the prior's scales as points, and not integrated over."""
         return True
+
+    def shared_draws(self, state: State) -> dict[str, Tensor] | None:
+        """Draws of what all tasks share, where the strategy has its posterior; None for points.
+
+        `loc` `[S, D]`, `log_scale` `[S, M]` and `shared` `[S, P]`, in the order of the draws of
+        `posterior`.
+        """
+        return None
+
+    def worst_k(self, state: State) -> float:
+        """Pareto k̂ of what is learned across tasks, or of a task that was seen; NaN without any."""
+        return math.nan
 
     def prepare(self, tasks: Tasks | TaskSource, seed: int) -> Tasks | TaskSource:
         """The tasks as this strategy wants to see them; itself, unless it says otherwise."""

@@ -195,8 +195,8 @@ def warn_of_collapse(fit: Fit) -> None:
         f"{name}: the data hardly tell the scale of {_some(said)} from 0; the nats are what the "
         "log evidence of all tasks gains at a tenth of it and at ten times. Posteriors of tasks "
         "are given this value, and their standard deviations there are too small if the truth is "
-        "larger. Integrate over the scales (PyroNUTS), give more tasks, or name the site in "
-        "shared= if tasks need not differ there" + pruned * raised,
+        "larger. Integrate over the scales (NestedLaplace, PyroNUTS), give more tasks, or name the "
+        "site in shared= if tasks need not differ there" + pruned * raised,
         UndeterminedScale,
         stacklevel=3,
     )

@@ -119,7 +119,7 @@ class Fit:
         """
         if diverged(self):
             return False
-        return bool(self.state.arrived) if self._ran.is_tested(self.state) else None
+        return self._ran.has_converged(self.state) if self._ran.is_tested(self.state) else None
 
     @property
     def reason(self) -> str:

@@ -90,6 +90,10 @@ class PyroNUTS(Strategy):
         """False: they have a posterior of their own."""
         return False
 
+    def shared_draws(self, state: State) -> dict[str, Tensor] | None:
+        """See `Strategy.shared_draws`."""
+        return {name: state.tensors[name] for name in ("loc", "log_scale", "shared")}
+
     def prepare(self, tasks: Tasks | TaskSource, seed: int) -> Tasks:
         """All rows of the tasks; a stream has no end to condition on."""
         if isinstance(tasks, TaskSource):

@@ -1,4 +1,4 @@
-"""Pyro's NUTS on one hierarchy, a chain being nothing but tensors between two transitions.
+"""Pyro's NUTS on a potential, a chain being nothing but tensors between two transitions.
 
 Pyro's kernel keeps a chain in private attributes: where it stands, the step size and the averages
 from which that is adapted (dual averaging: Hoffman & Gelman, 2014, The No-U-Turn Sampler). Each
@@ -30,72 +30,46 @@ _FIRST_STEP = 0.1  # from which a step size of about the right order is looked f
 _SHARES = (1.0, 0.5, 0.25, 0.0)  # of the way from the middle to where a chain would begin
 
 
-class Kernel:
-    """The hierarchy's potential, and transitions on it.
+class Sampler:
+    """Pyro's NUTS on a potential of real numbers, transition by transition.
 
     A chain is a dictionary of tensors: `position` `[n]`, `slope` `[n]` (of the potential there),
     `energy` (the potential, nats), `adaptation` `[5]` (step size, and the numbers of the dual
     averaging) and `count` `[3]` (transitions, window, updates of the averages).
 
+    Args:
+        potential: tensors by name to −log p in nats, differentiable once.
+        shapes: of these tensors, in the order of a flat position.
+
     Attributes:
-        model: the hierarchy, a Pyro model without arguments.
-        shapes: of the sites in the order of a flat position.
-        transforms: by site, from its own scale to the real line.
         count: evaluations of the potential's gradient so far.
     """
 
-    def __init__(self, density: Density, prior: GaussianPrior, tasks: Tasks) -> None:
-        self.model = hierarchy(density, prior, tasks)
-        self.count = 0
-        trace: Trace
-        with global_rng(generator(0)):  # what is drawn here gives the shapes alone
-            # No first point: Pyro would look for one at random, and begin there.
-            _, self._potential, self.transforms, trace = initialize_model(
-                self.model, initial_params={}
-            )
-        # In the order that Pyro's mass matrix has.
-        self.shapes: dict[str, torch.Size] = {
-            name: self.transforms[name](trace.nodes[name]["value"]).shape
-            for name in sorted(self.transforms)
-        }
-        size = sum(shape.numel() for shape in self.shapes.values())
-        if size > MAX_DIM:
-            raise ValueError(
-                f"the hierarchy has {size} coordinates; PyroNUTS is a reference for problems of up "
-                f"to {MAX_DIM} (it keeps a dense mass matrix). Leave tasks out, or leave PyroNUTS "
-                "out"
-            )
-
-    def ready(
+    def __init__(
         self,
-        middle: Tensor,
-        units: Mapping[str, Tensor],
-        inverse_mass: Tensor | None,
-        *,
-        warmup: int,
-        target_accept: float,
+        potential: Callable[[Mapping[str, Tensor]], Tensor],
+        shapes: Mapping[str, torch.Size],
+    ) -> None:
+        self.potential, self.shapes = potential, dict(shapes)
+        self.count = 0
+
+    def energy(self, z: Mapping[str, Tensor]) -> Tensor:
+        """The potential, counted."""
+        self.count += 1
+        return self.potential(z)
+
+    def start(
+        self, middle: Tensor, inverse_mass: Tensor, *, warmup: int, target_accept: float
     ) -> None:
         """Make the sampler.
 
         Args:
             middle: `[n]`, around which chains begin.
-            units: the prior's standard deviation of a site's coordinates; 1 where it is left out.
-            inverse_mass: `[n, n]`; the inverse curvature at the middle if None.
+            inverse_mass: `[n, n]`.
             warmup: transitions in which the step size adapts.
             target_accept: the acceptance probability that it aims at.
         """
-        self.middle = middle
-        self._program = CapturedGradient(
-            lambda *values: self._potential(dict(zip(self.shapes, values, strict=True))),
-            [*self.split(middle).values()],
-        )
-        if inverse_mass is None:
-            one = torch.ones_like(middle[:1])
-            each = [units.get(n, one.expand(s.numel())) for n, s in self.shapes.items()]
-            inverse_mass = _inverse_curvature(
-                lambda flat: self.energy(self.split(flat)), middle, torch.cat(each)
-            )
-        self.inverse_mass = inverse_mass
+        self.middle, self.inverse_mass = middle, inverse_mass
         self._nuts = NUTS(
             potential_fn=self.energy,
             step_size=_FIRST_STEP,
@@ -110,11 +84,6 @@ class Kernel:
         self._nuts.mass_matrix_adapter.inverse_mass_matrix = {
             sites: inverse_mass for sites in self._nuts.inverse_mass_matrix
         }
-
-    def energy(self, z: Mapping[str, Tensor]) -> Tensor:
-        """The potential −log p(y, z) in nats, with its gradient; counted."""
-        self.count += 1
-        return self._program(*(z[name] for name in self.shapes))
 
     def begin(self) -> dict[str, Tensor]:
         """A chain at its start: a draw of the Gaussian with the middle's curvature.
@@ -155,16 +124,6 @@ class Kernel:
         nuts.sample(z)
         return self._chain(), len(nuts._divergences) > diverged
 
-    def constrained(self, chain: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The value of each site, on its own scale, where a chain stands."""
-        values = self.split(chain["position"])
-        return {name: self.transforms[name].inv(value) for name, value in values.items()}
-
-    def flat(self, values: Mapping[str, Tensor]) -> Tensor:
-        """`[n]`: where each site has these values on its own scale."""
-        parts = [self.transforms[name](values[name]).reshape(-1) for name in self.shapes]
-        return torch.cat(parts)
-
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """A flat position by sites."""
         parts = flat.split([shape.numel() for shape in self.shapes.values()])
@@ -183,6 +142,78 @@ class Kernel:
             "adaptation": torch.tensor(numbers, dtype=torch.float64),
             "count": torch.tensor([nuts._t, adapter._current_window, scheme._t]),
         }
+
+
+class Kernel(Sampler):
+    """The hierarchy's potential, and transitions on it.
+
+    Attributes:
+        model: the hierarchy, a Pyro model without arguments.
+        shapes: of the sites in the order of a flat position.
+        transforms: by site, from its own scale to the real line.
+    """
+
+    def __init__(self, density: Density, prior: GaussianPrior, tasks: Tasks) -> None:
+        self.model = hierarchy(density, prior, tasks)
+        trace: Trace
+        with global_rng(generator(0)):  # what is drawn here gives the shapes alone
+            # No first point: Pyro would look for one at random, and begin there.
+            _, potential, self.transforms, trace = initialize_model(self.model, initial_params={})
+        # In the order that Pyro's mass matrix has.
+        shapes: dict[str, torch.Size] = {
+            name: self.transforms[name](trace.nodes[name]["value"]).shape
+            for name in sorted(self.transforms)
+        }
+        super().__init__(potential, shapes)
+        size = sum(shape.numel() for shape in self.shapes.values())
+        if size > MAX_DIM:
+            raise ValueError(
+                f"the hierarchy has {size} coordinates; PyroNUTS is a reference for problems of up "
+                f"to {MAX_DIM} (it keeps a dense mass matrix). Leave tasks out, or leave PyroNUTS "
+                "out"
+            )
+
+    def ready(
+        self,
+        middle: Tensor,
+        units: Mapping[str, Tensor],
+        inverse_mass: Tensor | None,
+        *,
+        warmup: int,
+        target_accept: float,
+    ) -> None:
+        """Make the sampler.
+
+        Args:
+            middle: `[n]`, around which chains begin.
+            units: the prior's standard deviation of a site's coordinates; 1 where it is left out.
+            inverse_mass: `[n, n]`; the inverse curvature at the middle if None.
+            warmup: transitions in which the step size adapts.
+            target_accept: the acceptance probability that it aims at.
+        """
+        whole = self.potential
+        program = CapturedGradient(
+            lambda *values: whole(dict(zip(self.shapes, values, strict=True))),
+            [*self.split(middle).values()],
+        )
+        self.potential = lambda z: program(*(z[name] for name in self.shapes))
+        if inverse_mass is None:
+            one = torch.ones_like(middle[:1])
+            each = [units.get(n, one.expand(s.numel())) for n, s in self.shapes.items()]
+            inverse_mass = _inverse_curvature(
+                lambda flat: self.energy(self.split(flat)), middle, torch.cat(each)
+            )
+        self.start(middle, inverse_mass, warmup=warmup, target_accept=target_accept)
+
+    def constrained(self, chain: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The value of each site, on its own scale, where a chain stands."""
+        values = self.split(chain["position"])
+        return {name: self.transforms[name].inv(value) for name, value in values.items()}
+
+    def flat(self, values: Mapping[str, Tensor]) -> Tensor:
+        """`[n]`: where each site has these values on its own scale."""
+        parts = [self.transforms[name](values[name]).reshape(-1) for name in self.shapes]
+        return torch.cat(parts)
 
 
 def _inverse_curvature(
