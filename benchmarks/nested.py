@@ -3,6 +3,7 @@
     OMP_NUM_THREADS=1 python -m benchmarks.nested samplers [--cases radon,mathachieve]
     OMP_NUM_THREADS=1 python -m benchmarks.nested size [--tasks 100,1000,10000,100000]
     OMP_NUM_THREADS=1 python -m benchmarks.nested truth [--cases all]
+    OMP_NUM_THREADS=1 python -m benchmarks.nested sbc [--fits 500]
 
 `samplers`: cases of the fleet, all by the same half-normal hyperprior, one process and one thread
 after the other. Effective draws are the smallest bulk ESS (ArviZ) over θ0, log scales and φ; of
@@ -10,7 +11,9 @@ weighted draws 1/Σw². Seconds are those of the processor, since a shared machi
 little, with everything that a first call costs. NumPyro and statsmodels are left out where they
 are not installed. `size`: a random intercept and a shared noise, 5 rows a group. `truth`: every
 case of the fleet beside its long NUTS (four chains of 1,000 draws or more, R-hat below 1.01):
-distances of means in NUTS sds, and ratios of sds.
+distances of means in NUTS sds, and ratios of sds. `sbc`: simulation-based calibration (Talts et
+al., 2018): of data drawn from the prior, the ranks of the truth among the draws, which are uniform
+where the posterior is right; χ² of ten bins, and its p-value, for each quantity.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
+from scipy.stats import chisquare
 from torch import Tensor
 
 import varmeta as vm
@@ -143,10 +147,10 @@ def truth(names: list[str]) -> Iterator[tuple[str, ...]]:
         wanted, kept = json.loads(path.read_text())["nuts"], result.state.tensors
         row = [name, str(len(posterior.names)), f"{seconds:.1f}", f"{float(kept['psi_k']):.2f}"]
         for part in ("loc", "log_scale", "shared"):
-            mean, sd = (np.array(wanted[part][key]) for key in ("mean", "sd"))
-            if not mean.size:
+            if not wanted[part]:
                 row += ["–", "–"]
                 continue
+            mean, sd = (np.array(wanted[part][key]) for key in ("mean", "sd"))
             shift = np.abs(kept[part].mean(0).numpy() - mean) / sd
             ratio = kept[part].std(0).numpy() / sd
             row += [f"{shift.max():.2f}", f"{ratio.min():.2f}–{ratio.max():.2f}"]
@@ -192,17 +196,67 @@ def size(counts: list[int]) -> Iterator[tuple[str, ...]]:
         yield f"{count:,}", f"{learned:.1f}", f"{seconds:.1f}", f"{top:.1f}", said
 
 
+def toss(x: Tensor, y: Tensor | None = None) -> Tensor:
+    """Four Bernoulli rows a task, an effect of x that all tasks share."""
+    level = pyro.sample("level", dist.Normal(0.0, 1.5))
+    slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", x.shape[-2]):
+        return pyro.sample("y", dist.Bernoulli(logits=level + slope * x[..., 0]), obs=y)
+
+
+def sbc(fits: int) -> Iterator[tuple[str, ...]]:
+    """Rows of the table."""
+    count, rows, kept = 20, 4, 99
+    ranks: dict[str, list[int]] = {"θ0": [], "log σ": [], "φ": [], "θ of the first task": []}
+    x = torch.linspace(-1, 1, rows, dtype=torch.float64)[:, None]
+    density, unsure = None, 0
+    for seed in range(fits):
+        source = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(3 + count, generator=source, dtype=torch.float64)
+        loc, scale, slope = 1.5 * drawn[0], 1.5 * drawn[1].abs(), drawn[2]
+        theta = loc + scale * drawn[3:]
+        chance = (theta[:, None] + slope * x[:, 0]).sigmoid()
+        y = torch.bernoulli(chance, generator=source)
+        tasks = vm.Tasks.from_list([(x, row) for row in y])
+        density = density or vm.Density(toss, tasks, shared=["slope"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = vm.fit(vm.NestedLaplace(draws=400), density, tasks, progress=False, seed=seed)
+        unsure += not result.converged
+        found, posterior = result.state.tensors, result.posterior()
+        some = torch.linspace(0, 399, kept).round().long()
+        theirs = posterior.draws[some, 0, 0]  # type: ignore[attr-defined]
+        truth = (loc, scale.log(), slope, theta[0])
+        draws = (
+            found["loc"][some, 0],
+            found["log_scale"][some, 0],
+            found["shared"][some, 0],
+            theirs,
+        )
+        for name, true, value in zip(ranks, truth, draws, strict=True):
+            ranks[name].append(int((value < true).sum()))
+    for name, each in ranks.items():
+        bins = np.bincount(np.array(each) * 10 // (kept + 1), minlength=10)
+        found = chisquare(bins)
+        numbers = " ".join(map(str, bins))
+        yield name, numbers, f"{found.statistic:.1f}", f"{found.pvalue:.3f}", f"{unsure} of {fits}"
+
+
 def main() -> None:
     """Print one table, in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["samplers", "size", "truth"])
+    parser.add_argument("what", choices=["samplers", "size", "truth", "sbc"])
     parser.add_argument("--cases", default="radon,mathachieve")
     parser.add_argument("--tasks", default="100,1000,10000,100000")
+    parser.add_argument("--fits", type=int, default=500)
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.what == "samplers":
         heads = ("case", "by", "seconds", "effective draws", "a second")
         rows = samplers(options.cases.split(","))
+    elif options.what == "sbc":
+        heads = ("of", "ranks in ten bins", "χ²", "p", "not converged")
+        rows = sbc(options.fits)
     elif options.what == "truth":
         heads = ("case", "tasks", "seconds", "k̂", "θ0 shift", "sd", "log σ shift", "sd", "φ shift",
                  "sd", "θ shift: median, 95%", "θ sd: median (90%)", "said")  # fmt: skip

@@ -442,3 +442,14 @@ def test_compare_and_arviz_know_what_is_carried() -> None:
     assert "effect_scale" not in data.constant_data
     new = vm.to_arviz(run, replace(tasks, names=tuple("IJKLMNOP")))
     assert "effect_scale" not in new.posterior and "effect_scale" in new.prior
+
+
+def test_a_task_without_rows_has_the_spread_of_the_prior_too() -> None:
+    """θ ~ N(θ0, σ²), averaged over the posterior of both: by quadrature."""
+    tasks = schools()
+    result = vm.fit(vm.NestedLaplace(), vm.Density(school, tasks), tasks)
+    theta, _ = result.unseen(["I", "J"]).sample(1000, generator(0))
+    truth, kept = eight_schools("half-normal"), result.state.tensors
+    variance = truth["loc sd"][0] ** 2 + float(kept["log_scale"].exp().square().mean())
+    assert abs(float(theta.mean()) - truth["loc"][0]) < 0.15 * variance**0.5
+    assert abs(float(theta.std()) / variance**0.5 - 1) < 0.15

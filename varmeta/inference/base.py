@@ -17,7 +17,7 @@ from varmeta.checked import Checked
 from varmeta.models.density import Density
 from varmeta.models.prior import GaussianPrior
 from varmeta.pickling import require_picklable
-from varmeta.posterior import Gaussian, TaskPosterior
+from varmeta.posterior import Draws, Gaussian, TaskPosterior
 from varmeta.tasks import Tasks, TaskSource
 
 
@@ -369,8 +369,18 @@ class Strategy(Checked, ABC):
     def unseen(
         self, density: Density, state: State, names: Sequence[str], generator: torch.Generator
     ) -> TaskPosterior:
-        """What is known of new tasks before a row of theirs is seen: θ ~ N(θ0, Σ), φ as learned."""
+        """What is known of new tasks before a row of theirs is seen: θ ~ N(θ0, Σ), φ as learned.
+
+        Where there are draws of θ0, Σ and φ, for each of them.
+        """
         prior, shared = state.meta.fixed()
+        kept = self.shared_draws(state)
+        if kept is not None:
+            loc, scale = kept["loc"][:, None], kept["log_scale"].exp()[:, None, prior.groups]
+            shape, like = (len(loc), len(names), density.dim), {"dtype": loc.dtype}
+            noise = torch.randn(shape, generator=generator, device=loc.device, **like)
+            phi = kept["shared"][:, None].expand(-1, len(names), -1)
+            return Draws(density, tuple(names), phi, loc + scale * noise)
         where = prior.loc.new_zeros(len(names), 1)
         factor = None if prior.factor is None else prior.factor.expand(len(names), -1, -1)
         return Gaussian(

@@ -200,8 +200,8 @@ class Fit:
     def unseen(self, names: Sequence[str]) -> TaskPosterior:
         """What is known of new tasks before a row of theirs is seen: θ ~ N(θ0, Σ) for each.
 
-        With `PyroNUTS` for each draw of θ0, Σ and φ; with `CompletePooling` what holds for all
-        tasks.
+        With `PyroNUTS` and `NestedLaplace` for each draw of θ0, Σ and φ; with `CompletePooling`
+        what holds for all tasks.
 
         Args:
             names: of the tasks.
