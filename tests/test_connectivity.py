@@ -329,8 +329,8 @@ def test_batch_norm_in_training_is_refused_and_in_evaluation_taken() -> None:
     tasks = Tasks.from_list([(row, row[:, 0]) for row in x])
     net = nn.Sequential(nn.Linear(1, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
     law: Any = lambda out: dist.Normal(out[:, 0], 0.3)  # noqa: E731
-    with pytest.raises(ValueError, match="model"):
-        Density(network(net, law), tasks)
+    with pytest.raises(ValueError, match="module has batch norm in training mode"):
+        network(net, law)
     density = Density(network(net.eval(), law), tasks)
     a, b = torch.randn(2, 2, density.dim, generator=generator(1))
     assert bool(mode_path(density, None, a, b, tasks, steps=2).path["energy"].isfinite().all())

@@ -35,7 +35,8 @@ def network(
 
     Each parameter has the prior N(its value now, prior_scale²), so that θ0 starts at the module's
     own initialisation. A parameter with `requires_grad=False` stays as it is, the same for all
-    tasks; weights that two layers share are one latent. The module is copied, and never changed.
+    tasks; weights that two layers share are one latent. The module is copied as it is now, and
+    never changed; what happens to it later is not seen.
     It runs in the data type and on the device of the inputs; where these are whole numbers, as
     for embeddings, in its own data type (in float32 if that is of half precision).
 
