@@ -272,12 +272,12 @@ def test_a_network_counts_with_its_activations(monkeypatch: pytest.MonkeyPatch) 
 def test_what_an_export_holds_can_be_chosen() -> None:
     run, q = unfitted(), gaussian()
     whole = to_arviz(run, posterior=q, draws=7)
-    for name, option in (
-        ("log_likelihood", {"log_likelihood": False}),
-        ("posterior_predictive", {"predictive": False}),
+    for names, option in (
+        ({"log_likelihood"}, {"log_likelihood": False}),
+        ({"posterior_predictive", "prior_predictive"}, {"predictive": False}),
     ):
         less = to_arviz(run, posterior=q, draws=7, **option)
-        assert groups_of(whole) - groups_of(less) == {name}
+        assert groups_of(whole) - groups_of(less) == names
     assert group(to_arviz(run, posterior=q), "posterior").sizes["draw"] == 500
 
 
@@ -285,7 +285,7 @@ def test_a_large_export_has_fewer_draws_unless_they_are_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run, q, rows = unfitted(), gaussian(), int(TASKS.mask.sum())
-    each = 2 * len(TASKS) * (q.density.dim + 1) + 2 * rows
+    each = 2 * len(TASKS) * (q.density.dim + 1) + 3 * rows
     for limit, wanted in ((300 * each, 300), (1, 100)):
         monkeypatch.setattr("varmeta.export._NUMBERS", limit)
         assert group(to_arviz(run, posterior=q), "posterior").sizes["draw"] == wanted
