@@ -43,7 +43,7 @@ def settings() -> dict[str, type]:
         and dataclasses.is_dataclass(kind)
         and kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
         and not RESULTS & {f.name for f in dataclasses.fields(kind)}
-        and kind not in (vm.GaussianPrior, vm.Tasks, vm.Modules)
+        and kind not in (vm.Design, vm.FormulaModel, vm.GaussianPrior, vm.Modules, vm.Tasks)
     }
 
 

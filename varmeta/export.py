@@ -78,8 +78,8 @@ def to_arviz(
       each task's θ_i of `prior`. Without a sampler of its law both are left out, with a warning.
       Where all rows of a task are one draw, `log_likelihood` is `(..., task)`.
     - `constant_data`: `inputs` `(row, input)`, `num_rows` `(task)`; and, save for NUTS and nested
-      Laplace, `<site>_loc` and `<site>_scale`. They are point estimates then: repeated over draws they would
-      have no ESS or R-hat, and `az.summary` and the trace plots would warn of that.
+      Laplace, `<site>_loc` and `<site>_scale`. They are point estimates then: repeated over draws
+      they would have no ESS or R-hat, and `az.summary` and the trace plots would warn of that.
     - `sample_stats`: for NUTS `diverging` `(chain, draw)`; for a posterior with a density `log_p`,
       which is log p(y_i | θ_i, φ) + log N(θ_i; θ0, Σ), and `log_q`, log q_i(θ_i), `(chain, draw,
       task)`, in nats, of each draw: both are densities of the unconstrained θ_i. ArviZ 1.x's

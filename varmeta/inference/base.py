@@ -377,8 +377,8 @@ class Strategy(Checked, ABC):
         kept = self.shared_draws(state)
         if kept is not None:
             loc, scale = kept["loc"][:, None], kept["log_scale"].exp()[:, None, prior.groups]
-            shape, like = (len(loc), len(names), density.dim), {"dtype": loc.dtype}
-            noise = torch.randn(shape, generator=generator, device=loc.device, **like)
+            like: Any = {"dtype": loc.dtype, "device": loc.device}
+            noise = torch.randn(len(loc), len(names), density.dim, generator=generator, **like)
             phi = kept["shared"][:, None].expand(-1, len(names), -1)
             return Draws(density, tuple(names), phi, loc + scale * noise)
         where = prior.loc.new_zeros(len(names), 1)
