@@ -26,7 +26,7 @@ venv: .venv/.installed ## .venv, with the versions of constraints.txt
 
 demo: venv ## compare the strategies on the radon data
 	$(BIN)/varmeta compare radon --overwrite \
-		--strategies joint,laplace-evidence,imaml,nuts,no-pooling,complete-pooling
+		--strategies nested-laplace,joint,laplace-evidence,imaml,nuts,no-pooling,complete-pooling
 
 test: venv ## the tests and every example in the documentation
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) $(PYTEST_ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 import warnings
@@ -10,8 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
+from rich.console import Console
+from torch import Tensor
 from typer.testing import CliRunner
 
 import varmeta.cli as cli
@@ -19,6 +24,8 @@ import varmeta.settings as settings
 from varmeta import CompletePooling, Density, Tasks
 from varmeta.data import load
 from varmeta.model_files import load_model, model_file
+from varmeta.problems import Problem
+from varmeta.settings import DEFAULT, choose
 
 MODEL = """
 import pyro, pyro.distributions as dist, torch
@@ -109,6 +116,23 @@ def predicted(workplace: Path) -> None:
     code, output = run(*command, "--model", "other.py:state", "--overwrite", command="predict")
     assert code == 2 and "'ground' in line 4" in output, output
     assert list(pd.read_csv("predictions.csv")) == list(found)
+
+
+def test_of_the_default_strategies_those_that_refuse_a_model_are_left_out() -> None:
+    """And said to be, with the reason: a task of 201 coordinates is none for nested Laplace."""
+
+    def wide(x: Tensor, y: Tensor | None = None) -> Tensor:
+        w = pyro.sample("w", dist.Normal(torch.zeros(201), 1.0).to_event(1))
+        with pyro.plate("rows", len(x)):
+            return pyro.sample("y", dist.Normal(w.sum(), 1.0), obs=y)
+
+    tasks = Tasks.from_list([(torch.zeros(3, 1), torch.zeros(3)) for _ in range(2)])
+    console = Console(file=io.StringIO(), width=200)
+    chosen = choose(DEFAULT.split(","))
+    left = cli._able(console, dict(chosen), Problem(Density(wide, tasks), tasks, None))
+    assert set(chosen) - set(left) == {"nested-laplace"}
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert said.startswith("nested-laplace is left out: a task has 201 coordinates, and")
 
 
 def test_shipped_problem_without_held_out_rows(workplace: Path) -> None:

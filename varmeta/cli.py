@@ -30,11 +30,13 @@ from varmeta.inference.base import Strategy
 from varmeta.inference.stopping import Terminated, terminating
 from varmeta.loading import load, strategies_in
 from varmeta.model_files import load_model
+from varmeta.models.prior import GaussianPrior
 from varmeta.models.sites import Model
 from varmeta.own_problems import Options, own_problem, split
 from varmeta.prediction_files import predict_file
 from varmeta.problems import PROBLEMS, Problem
 from varmeta.runs import MODEL_PLACE, said
+from varmeta.seeds import generator
 from varmeta.settings import DEFAULT, STRATEGIES, choose, described, table_names
 
 app = typer.Typer(
@@ -167,6 +169,8 @@ def compare(
             _say(console, f"{case.train}" + (f" and {case.new} never seen" if case.new else ""))
             for phrase in case.train.design.described() if case.train.design else ():
                 _say(console, phrase)
+            if strategies == DEFAULT:
+                chosen = _able(console, chosen, case)
             for name, strategy in chosen.items():
                 _say(console, f"{name}: {described(_settled(strategy, case))}")
             result = run_comparison(
@@ -371,6 +375,20 @@ def _problem(problem: str, options: Options, seed: int) -> Iterator[tuple[str, P
         f"{problem!r}, which has all of it"
     )
     yield problem, PROBLEMS[problem](seed)
+
+
+def _able(console: Console, chosen: dict[str, Strategy], case: Problem) -> dict[str, Strategy]:
+    """Those that nobody named, without those that refuse this model; each of these is said."""
+    able, prior = {}, GaussianPrior.from_density(case.density)
+    for name, strategy in chosen.items():
+        try:
+            settled = strategy.settled(case.density, whole=True)
+            settled.init(case.density, prior, strategy.prepare(case.train.support, 0), generator(0))
+        except ValueError as error:
+            _say(console, f"{name} is left out: {error}")
+        else:
+            able[name] = strategy
+    return able or chosen
 
 
 def _settled(strategy: Strategy, case: Problem) -> Strategy:

@@ -52,7 +52,7 @@ STRATEGIES: dict[str, Callable[[], Strategy]] = {
     "no-pooling": NoPooling,
     "complete-pooling": CompletePooling,
 }
-DEFAULT = "laplace-evidence,joint,imaml,no-pooling,complete-pooling"
+DEFAULT = "nested-laplace,laplace-evidence,joint,imaml,no-pooling,complete-pooling"
 _BASE = "strategy"  # the key of a TOML table that names the strategy under a name of its own
 
 
