@@ -247,7 +247,7 @@ def _groups(
         constant["inputs"] = _variable("inputs", rows.inputs[rows.mask], *lead)
     if not of_prior:
         constant |= hyper
-    elif isinstance(posterior, Draws) and "importance_ess" not in posterior.stats:
+    elif isinstance(posterior, Draws) and _of_the_run(fit, posterior):
         # A new task's draws were resampled, and belong to no draw of θ0 and Σ in particular.
         drawn |= hyper
         if "diverging" in fit.state.tensors:
@@ -302,6 +302,14 @@ def _single(values: np.ndarray) -> np.ndarray:
     seen = size * np.finfo(np.float32).eps > 1e-3 * values.std((0, 1))
     seen &= low < high  # the spread of a constant is rounding
     return values if seen.any() or not np.isfinite(size).all() else values.astype(np.float32)
+
+
+def _of_the_run(fit: Fit, posterior: Draws) -> bool:
+    """Whether each draw of tasks belongs to the draw of θ0, Σ and φ in the same place."""
+    own = fit.state.tensors.get("theta")
+    if own is not None:
+        return torch.equal(posterior.draws, own)
+    return "importance_ess" not in posterior.stats
 
 
 def _prior(
