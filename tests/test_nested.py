@@ -22,6 +22,7 @@ from torch import Tensor
 
 import varmeta as vm
 from varmeta.inference.marginal import Marginal, Points, Reference
+from varmeta.inference.marginal_nuts import Potential
 from varmeta.inference.proposal import Proposal, resampled
 from varmeta.problems import school
 from varmeta.seeds import generator
@@ -118,26 +119,36 @@ def test_a_new_task_counts_as_if_it_had_been_in_the_run() -> None:
     assert posterior.shared.shape == (1000, 1, 0) and "importance_ess" in posterior.stats
 
 
-def test_nuts_over_what_tasks_share_agrees() -> None:
-    tasks = schools()
-    density = vm.Density(school, tasks)
-    strategy = vm.NestedLaplace(sampler="nuts", draws=60, warmup=10, chains=1)
-    result = vm.fit(strategy, density, tasks)
-    assert result.strategy.name == "NestedLaplace (NUTS)" and "R-hat" in result.reason
-    truth, kept = eight_schools("half-normal"), result.state.tensors
-    off = (kept["log_scale"].mean(0).numpy() - truth["log_scale"]) / truth["log_scale sd"]
-    assert abs(off[0]) < 0.75  # some 25 effective draws: false once in 5,000
-    posterior = result.posterior()
-    off = np.abs(posterior.mean[:, 0].numpy() - truth["theta"]) / truth["theta sd"]
-    assert off.max() < 0.4
+def test_the_potential_of_nuts_is_the_density_of_the_draws() -> None:
+    """Value and gradient, by the recorded program and by the careful way."""
+    case = case_of(LinearGaussian.random(3, num_tasks=3, dim=1), shared_noise=True)
+    tasks, density = case.tasks.support, case.density
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        strategy = vm.NestedLaplace(draws=20, rounds=1, points=0, tolerance=0.1)
+        state = vm.fit(strategy, density, tasks).state
+    target = state.cache["target"]
+    psi = state.tensors["psi"][:3]
+    made = [
+        Potential.make(target.belief, target.marginal, target.mode, target.known, steps)
+        for steps in (0, 1)
+    ]
+    assert made[0].quick is None and made[1].quick is not None
+    wanted, slopes = target(psi)[0], target.gradient(psi)
+    for potential in made:
+        for k in range(len(psi)):
+            value, slope = potential.value_and_gradient(psi[k])
+            torch.testing.assert_close(value, -wanted[k], rtol=1e-7, atol=1e-6)
+            torch.testing.assert_close(slope, -slopes[k], rtol=1e-5, atol=1e-5)
 
 
 def test_nuts_stopped_and_resumed_is_nuts_as_a_whole(tmp_path: Path) -> None:
     """Bit for bit, from a file, in the middle of a chain."""
     tasks = schools()
     density = vm.Density(school, tasks)
-    strategy = vm.NestedLaplace(sampler="nuts", draws=20, warmup=6, chains=1, tolerance=0.1)
+    strategy = vm.NestedLaplace(sampler="nuts", draws=20, warmup=3, chains=1, tolerance=0.1)
     whole = vm.fit(strategy, density, tasks)
+    assert strategy.name == "NestedLaplace (NUTS)" and "R-hat" in whole.reason
 
     def stop(step: int, _: object) -> None:
         if step == whole.state.step - 8:
