@@ -58,11 +58,8 @@ def check_model(density: Density, tasks: Tasks) -> None:
     like: Any = {"generator": noise, "dtype": loc.dtype, "device": loc.device}
     _choose_how(density, tasks, partial(rows, loc + scale * torch.randn(len(loc), **like)))
     if density.joint:
-        _log.warning(
-            "observed site %r draws all rows of a task together: a task is the unit of scoring. If "
-            "rows are independent, put it in a plate over rows, without .to_event over them",
-            density.observed[0],
-        )
+        said, remedy = density.likelihood.together(), density.likelihood.taken_apart()
+        _log.warning("%s: a task is the unit of scoring. %s", said, remedy)
     deaf = set(range(len(sites)))
     for _ in range(_TRIES):
         here, there = loc + scale * torch.randn(2, len(loc), **like)
