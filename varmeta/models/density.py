@@ -230,8 +230,18 @@ class Density:
     def negative_log_likelihood(
         self, theta: Tensor, tasks: Tasks, shared: Tensor | None = None
     ) -> Tensor:
-        """f_i(θ_i): −log p(y_n | θ_i, φ) summed over rows, nats; `[..., T, D]` to `[..., T]`."""
-        return -self.log_likelihood(theta, tasks, shared).sum(-1)
+        """f_i(θ_i): −log p(y_n | θ_i, φ) summed over rows, nats; `[..., T, D]` to `[..., T]`.
+
+        Where most of the tasks' rows are padding, tasks of like length at a time.
+        """
+        buckets = tasks.buckets
+        if buckets is None:
+            return -self.log_likelihood(theta, tasks, shared).sum(-1)
+        shared = self.shared_init if shared is None else shared
+        self._check_shapes(theta, tasks, shared)
+        phis = [shared] * len(buckets.groups) if shared.dim() == 1 else buckets.split(shared)
+        each = zip(buckets.split(theta), buckets.groups, phis, strict=True)
+        return -buckets.join([self.log_likelihood(*given).sum(-1) for given in each])
 
     def shared_log_prior(self, shared: Tensor) -> Tensor:
         """log p(φ) under the user's own priors of the shared latents, nats; `[P]` to a scalar.

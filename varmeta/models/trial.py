@@ -11,6 +11,7 @@ from torch import Tensor
 from varmeta.models.drawing import CannotPredict
 from varmeta.models.observed import observed_data
 from varmeta.models.sites import reason
+from varmeta.process import ignoring
 from varmeta.seeds import generator
 from varmeta.tasks import Tasks
 
@@ -102,7 +103,8 @@ def _why_not(density: Density, theta: Tensor, few: Tasks, wanted: dict[str, Tens
     """Why these draws of these tasks cannot be predicted."""
     noise = generator(0, device=few.mask.device)
     try:
-        found = density.predict(theta, few, noise)
+        with ignoring():  # of singular draws, say: the prior's are no one's
+            found = density.predict(theta, few, noise)
     except CannotPredict as error:
         return str(error)
     except Exception as error:
