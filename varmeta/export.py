@@ -22,6 +22,7 @@ from varmeta.inference.nuts import PyroNUTS
 from varmeta.inference.soundness import check_posterior
 from varmeta.models.density import Density
 from varmeta.models.observed import observed_data
+from varmeta.models.trial import taken_name
 from varmeta.posterior import Draws, Gaussian, TaskPosterior, thinned
 from varmeta.seeds import generator
 from varmeta.shrinkage import MOST_MODULES
@@ -38,7 +39,6 @@ _DRAW = ("chain", "draw")
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _DRAWS, _FEWEST_DRAWS = 500, 100
 _NUMBERS = 50_000_000  # of a default export: 200 MB in single precision
-_RESERVED = {*_DRAW, "module", "task", "row", "input", "task_of_row", "row_id"}
 
 
 def to_arviz(
@@ -75,7 +75,7 @@ def to_arviz(
       (`total` if a site is called so), their sum: tell `az.loo` by `var_name` which. What was
       observed is what the model made of the targets: the log of them with `obs=y.log()`; NaN where
       a mask of the model leaves it out, as of a censored time. A draw of `prior_predictive` has
-      each task's θ_i of `prior`. Without a sampler of its law both are left out, with a warning.
+      each task's θ_i of `prior`. Where the model cannot predict both are left out, with a warning.
       Where all rows of a task are one draw, `log_likelihood` is `(..., task)`.
     - `constant_data`: `inputs` `(row, input)`, `num_rows` `(task)`; and, save for NUTS and nested
       Laplace, `<site>_loc` and `<site>_scale`. They are point estimates then: repeated over draws
@@ -264,15 +264,16 @@ def _groups(
             stats = _drawn({"diverging": fit.state.tensors["diverging"]}, chains=chains)
 
     predicted, before, nats = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
-    if wanted["posterior_predictive"]:
+    if wanted["posterior_predictive"] and density.cannot_predict is not None:
+        warnings.warn(
+            f"posterior_predictive is left out: {density.cannot_predict}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    elif wanted["posterior_predictive"]:
         noise, other = (generator(seed, k, device=device) for k in (_PREDICT, _PRIOR_PREDICT))
-        try:
-            predicted = by_row(parts.predict(density, theta, rows, noise, shared), rows)
-            before = by_row(parts.predict(density, fresh[0], rows, other, fresh[1]), rows)
-        except NotImplementedError as error:
-            warnings.warn(
-                f"posterior_predictive is left out: {error}", RuntimeWarning, stacklevel=3
-            )
+        predicted = by_row(parts.predict(density, theta, rows, noise, shared), rows)
+        before = by_row(parts.predict(density, fresh[0], rows, other, fresh[1]), rows)
     if wanted["log_likelihood"]:
         nats = log_likelihoods(density, theta, rows, shared)
     if isinstance(posterior, Gaussian):
@@ -452,16 +453,9 @@ def _container(groups: dict[str, xr.Dataset], attrs: Mapping[str, Any]) -> Any:
 
 def check_names(density: Density) -> None:
     """Raise a ValueError if a site has a name that the exported data need for something else."""
-    latents = [site.name for site in (*density.sites, *density.shared_sites)]
-    derived = {f"{site.name}_{kind}" for site in density.sites for kind in ("loc", "scale")}
-    taken = [n for n in latents if n in derived] + [
-        n for n in (*latents, *density.observed) if n in _RESERVED
-    ]
-    if taken:
-        raise ValueError(
-            f"site {taken[0]!r} has the name of something else in the exported data (a dimension, "
-            "a coordinate, or <site>_loc or <site>_scale); rename it in the model"
-        )
+    why = taken_name(density)
+    if why is not None:
+        raise ValueError(why)
 
 
 def _numpy(value: Tensor | np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from varmeta.lengths import up_to_last
 from varmeta.models.density import Density
 from varmeta.models.observed import derived_values
 from varmeta.tasks import Tasks
@@ -33,6 +34,11 @@ def slices(total: int, numbers: int, at_once: int) -> Iterator[slice]:
     size = max(1, at_once // max(1, numbers))
     for first in range(0, total, size):
         yield slice(first, min(first + size, total))
+
+
+def tasks_at_once(tasks: Tasks, draws: int) -> int:
+    """Of how many of these tasks so many draws of sums over rows hold `LARGEST` numbers."""
+    return max(1, LARGEST * len(tasks) // (draws * tasks.padded_rows))
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +69,7 @@ class Part:
 def tasks_at(tasks: Tasks, place: slice) -> Tasks:
     """These tasks, their rows in the columns where they were."""
     index = torch.arange(len(tasks), device=tasks.mask.device)[place]
-    return _part(tasks, index, slice(None)).tasks
+    return tasks if len(index) == len(tasks) else _part(tasks, index, slice(None)).tasks
 
 
 def row_parts(tasks: Tasks, rows: int) -> Iterator[Part]:
@@ -73,8 +79,7 @@ def row_parts(tasks: Tasks, rows: int) -> Iterator[Part]:
     too long. Columns in which no task has a row are left out.
     """
     device, rows = tasks.mask.device, max(1, rows)
-    place = torch.arange(1, tasks.mask.shape[1] + 1, device=device)
-    length = (tasks.mask * place).amax(-1).clamp(min=1)
+    length = up_to_last(tasks.mask)
     if int(length.max()) * len(tasks) <= rows:
         yield _part(tasks, torch.arange(len(tasks), device=device), slice(0, int(length.max())))
         return

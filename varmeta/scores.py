@@ -218,8 +218,9 @@ def _per_row(values: Tensor, tasks: Tasks) -> tuple[float, float]:
 def _accuracy(posterior: TaskPosterior, tasks: Tasks, draws: int, seed: int) -> tuple[float, float]:
     """RMSE of the predictive mean and coverage of the central 90% interval, as the model sees y.
 
-    NaN for classes without an order, and for a law without a sampler. Of several observed sites the
-    coverage is that of all their entries together, and the RMSE NaN, as units may differ.
+    NaN for classes without an order, and for a model that cannot predict, which was said when its
+    density was made. Of several observed sites the coverage is that of all their entries together,
+    and the RMSE NaN, as units may differ.
     """
     found = _tallies(posterior, tasks, draws, seed)
     rmse = next(iter(found.values())).rmse if len(found) == 1 else float("nan")
@@ -270,21 +271,20 @@ class _Tally:
 def _tallies(posterior: TaskPosterior, tasks: Tasks, draws: int, seed: int) -> dict[str, _Tally]:
     """By observed site, of those whose values have distances."""
     source, found = generator(seed, 1, device=tasks.mask.device), dict[str, _Tally]()
-    density, names = posterior.density, set[str]()
-    try:
-        names = set(predicted_sites(density, tasks))
-        for part, predicted in posterior.predictions(tasks, draws, source):
-            for name, site in observed_data(density, part).items():
-                if name not in names:
-                    continue
-                values = predicted[name][:, part.mask].double().cpu().numpy()
-                truth = site.value[part.mask].double().cpu().numpy()
-                if site.nominal or values.shape[1:] != truth.shape:  # a factor that draws nothing
-                    continue
-                seen = site.seen[part.mask].cpu().numpy()
-                found.setdefault(name, _Tally()).add(values[:, seen], truth[seen])
-    except NotImplementedError:
+    density = posterior.density
+    if density.cannot_predict is not None:  # which was said when it was made
         return {}
+    names = set(predicted_sites(density, tasks))
+    for part, predicted in posterior.predictions(tasks, draws, source):
+        for name, site in observed_data(density, part).items():
+            if name not in names:
+                continue
+            values = predicted[name][:, part.mask].double().cpu().numpy()
+            truth = site.value[part.mask].double().cpu().numpy()
+            if site.nominal or values.shape[1:] != truth.shape:
+                continue
+            seen = site.seen[part.mask].cpu().numpy()
+            found.setdefault(name, _Tally()).add(values[:, seen], truth[seen])
     return found
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from varmeta import lengths
 from varmeta.csv_files import read_csv
 from varmeta.design import Design, Rows
 from varmeta.digest import digests_of
@@ -289,6 +290,17 @@ class Tasks:
         """The same rows with the split forgotten."""
         return replace(self, is_query=torch.zeros_like(self.is_query), is_split=False)
 
+    @cached_property
+    def buckets(self) -> lengths.Buckets | None:
+        """The tasks by their length, where most of these tensors is padding; None elsewhere."""
+        return lengths.buckets(self)
+
+    @property
+    def padded_rows(self) -> int:
+        """Rows that sums over rows go through, padding included."""
+        groups = (self,) if self.buckets is None else self.buckets.groups
+        return sum(group.mask.numel() for group in groups)
+
     def place(self, task: int, row: int) -> str:
         """Where a row is to be found, in words; all but lines of a file are counted from 0."""
         assert self.row_ids is not None
@@ -387,8 +399,7 @@ class Tasks:
         index = torch.as_tensor(index, device=self.mask.device)
         if index.dtype == torch.bool:
             index = index.nonzero()[:, 0]
-        chosen = self._take(index, tuple(self.names[i] for i in index.tolist()))
-        return chosen._part(chosen.mask, is_split=self.is_split)
+        return self._part(self.mask[index], is_split=self.is_split, index=index)
 
     def to(
         self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
@@ -406,16 +417,20 @@ class Tasks:
     def _take(self, index: Tensor, names: tuple[str, ...]) -> Tasks:
         return self._map(lambda t: t[index], names=names)
 
-    def _part(self, mask: Tensor, is_split: bool = False) -> Tasks:
-        """Only the rows in `mask`, moved to the front and re-padded."""
-        width = max(int(mask.sum(-1).max()), 1)
+    def _part(self, mask: Tensor, is_split: bool = False, index: Tensor | None = None) -> Tasks:
+        """Only the rows in `mask`, to the front and re-padded; of the tasks `index`, or of all."""
+        count = mask.sum(-1)
+        width = max(int(count.max()), 1) if len(count) else 1
         # Existing rows first, in their order; then repeat the first of them as padding. A task with
         # no row left pads with whatever row it has: masked, but finite.
-        order = torch.argsort((~mask).long(), dim=-1, stable=True)[:, :width]
-        kept = torch.arange(width, device=mask.device) < mask.sum(-1, keepdim=True)
+        task, column = mask.nonzero(as_tuple=True)
+        place = torch.arange(len(task), device=mask.device) - (count.cumsum(0) - count)[task]
+        order = column.new_zeros(len(mask), width).index_put_((task, place), column)
+        kept = torch.arange(width, device=mask.device) < count[:, None]
         order = torch.where(kept, order, order[:, :1])
-        rows = torch.arange(len(self), device=mask.device)[:, None]
-        part = self._map(lambda t: t[rows, order])
+        rows = torch.arange(len(self), device=mask.device) if index is None else index
+        names = self.names if index is None else tuple(self.names[i] for i in index.tolist())
+        part = self._map(lambda t: t[rows[:, None], order], names=names)
         assert part.row_ids is not None
         return replace(
             part,
@@ -447,10 +462,16 @@ class Tasks:
     def _shuffled_rank(self, source: torch.Generator) -> Tensor:
         """`[T, N]` int: a random order of each task's existing rows, padding last."""
         like: Any = {"dtype": torch.float32, "device": source.device}  # whatever the default is
-        noise = torch.full(self.mask.shape, 2.0, **like)
         existing = self.mask.to(source.device)  # so that padding does not change the order
-        noise[existing] = torch.rand(int(existing.sum()), generator=source, **like)
-        return noise.argsort(-1).argsort(-1).to(self.mask.device)
+        task = existing.nonzero()[:, 0]
+        order = torch.rand(len(task), generator=source, **like).argsort(stable=True)
+        order = order[task[order].argsort(stable=True)]  # task after task
+        count = existing.sum(-1)
+        first = (count.cumsum(0) - count)[task]
+        place = torch.arange(len(task), device=task.device) - first
+        rank = torch.full_like(existing, existing.shape[1], dtype=torch.long)
+        rank[existing] = torch.empty_like(place).index_put_((order,), place)
+        return rank.to(self.mask.device)
 
 
 class TaskSource:

@@ -176,7 +176,7 @@ def _curvatures(
     density: Density, prior: GaussianPrior, shared: Tensor, tasks: Tasks, theta: Tensor
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Of some tasks at once: which, S∇f `[t, D]` and SHS `[t, D, D]`, no curvature below 0."""
-    scale, numbers = prior.scale.detach(), max(density.dim**2, tasks.mask.shape[1])
+    scale, numbers = prior.scale.detach(), max(density.dim**2, tasks.padded_rows // len(tasks))
     for some in parts.slices(len(tasks), numbers, parts.LARGEST // 2):  # matrices come in pairs
         whole = some.stop - some.start == len(tasks)
         part = tasks if whole else tasks.select(range(some.start, some.stop))

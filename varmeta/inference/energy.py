@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -186,8 +186,10 @@ class TaskEnergy:
 
     @cached_property
     def _parameters(self) -> list[Tensor]:
-        tasks, prior = self.tasks, self.prior
-        out = [self.shared, tasks.mask, *self.density.data(tasks)]
+        tasks, prior, buckets = self.tasks, self.prior, self.tasks.buckets
+        out = [self.shared] if buckets is None else [self.shared, buckets.order, buckets.back]
+        for group in (tasks,) if buckets is None else buckets.groups:
+            out += [group.mask, *self.density.data(group)]
         if prior is not None:
             out += [prior.loc, prior.log_scale, prior.groups]
             out += [prior.factor] if prior.factor is not None else []
@@ -195,8 +197,11 @@ class TaskEnergy:
 
     @property
     def _programs(self) -> Programs:
-        name = "likelihood" if self.prior is None else "energy"
-        return self.density.programs(name, _energy, _gauss_newton)
+        name, buckets = "likelihood" if self.prior is None else "energy", self.tasks.buckets
+        count = 1 if buckets is None else len(buckets.groups)
+        name = name if count == 1 else f"{name} of {count} lengths"
+        energy, curve = partial(_energy, groups=count), partial(_gauss_newton, groups=count)
+        return self.density.programs(name, energy, curve)
 
 
 def as_energy(function: Energy | Callable[[Tensor], Tensor]) -> Energy:
@@ -205,33 +210,61 @@ def as_energy(function: Energy | Callable[[Tensor], Tensor]) -> Energy:
     return function if known else FunctionEnergy(function)  # type: ignore[return-value]
 
 
-def _energy(density: Density) -> Callable[..., Tensor]:
-    size = 3 if density.noisy else 2
+def _energy(density: Density, groups: int) -> Callable[..., Tensor]:
+    width = _width(density)
 
-    def energy(theta: Tensor, shared: Tensor, mask: Tensor, *rest: Tensor) -> Tensor:
-        data, prior = rest[:size], rest[size:]
-        rows = density.rows(theta, shared, *data)
-        loss = -torch.where(mask, rows, 0.0).sum(-1)
+    def energy(theta: Tensor, shared: Tensor, *tensors: Tensor) -> Tensor:
+        parts, back, prior = _taken(theta, tensors, groups, width)
+        losses = []
+        for some, mask, *data in parts:
+            rows = density.rows(some, shared, *data)
+            losses.append(-torch.where(mask, rows, 0.0).sum(-1))
+        loss = losses[0] if back is None else torch.cat(losses).index_select(0, back)
         if prior:
-            loc, log_scale, groups, *factor = prior
-            loss = loss + penalty(theta, loc, log_scale.exp()[groups], *factor)
+            loc, log_scale, of, *factor = prior
+            loss = loss + penalty(theta, loc, log_scale.exp()[of], *factor)
         return loss
 
     return energy
 
 
-def _gauss_newton(density: Density) -> Callable[..., Product]:
-    size = 3 if density.noisy else 2
+def _width(density: Density) -> int:
+    """How many tensors a group of tasks has: its mask, and what the model is given."""
+    return 4 if density.noisy else 3
 
-    def curve(theta: Tensor, shared: Tensor, mask: Tensor, *rest: Tensor) -> Product:
-        data, prior = rest[:size], rest[size:]
+
+def _taken(
+    theta: Tensor, tensors: Sequence[Tensor], groups: int, width: int
+) -> tuple[list[tuple[Tensor, ...]], Tensor | None, Sequence[Tensor]]:
+    """`TaskEnergy._parameters` without φ, taken apart.
+
+    Returns:
+        θ, mask and data of each group of tasks of like length; where in them each task stands, None
+        if they are one; and the prior's tensors.
+    """
+    if groups == 1:
+        return [(theta, *tensors[:width])], None, tensors[width:]
+    order, back, *rest = tensors
+    data = [rest[k : k + width] for k in range(0, width * groups, width)]
+    some = theta.index_select(0, order).split([len(mask) for mask, *_ in data])
+    return [(t, *d) for t, d in zip(some, data, strict=True)], back, rest[width * groups :]
+
+
+def _gauss_newton(density: Density, groups: int) -> Callable[..., Product]:
+    width = _width(density)
+
+    def curve(theta: Tensor, shared: Tensor, *tensors: Tensor) -> Product:
         grad = torch.autograd.grad
-        outputs = density.outputs(theta, shared, *data)
-        moving = [z for z in outputs if z.requires_grad]
-        leaves = [z.detach().requires_grad_(z.requires_grad) for z in outputs]
-        rows = density.rows_given(leaves, theta.detach(), shared, *data)
-        leaves = [z for z in leaves if z.requires_grad]
-        slopes = grad(-torch.where(mask, rows, 0.0).sum(), leaves, create_graph=True)
+        parts, _, prior = _taken(theta, tensors, groups, width)
+        moving, leaves, loss = list[Tensor](), list[Tensor](), theta.new_zeros(())
+        for some, mask, *data in parts:
+            outputs = density.outputs(some, shared, *data)
+            moving += [z for z in outputs if z.requires_grad]
+            given = [z.detach().requires_grad_(z.requires_grad) for z in outputs]
+            rows = density.rows_given(given, some.detach(), shared, *data)
+            leaves += [z for z in given if z.requires_grad]
+            loss = loss - torch.where(mask, rows, 0.0).sum()
+        slopes = grad(loss, leaves, create_graph=True)
         # Jᵀu is linear in u, so that its derivative in u, applied to v, is Jv.
         zeros = [torch.zeros_like(z).requires_grad_() for z in moving]
         (back,) = grad(moving, theta, zeros, create_graph=True)
@@ -243,8 +276,8 @@ def _gauss_newton(density: Density) -> Callable[..., Product]:
             turned = grad(bent, leaves, push, retain_graph=True, materialize_grads=True)
             (out,) = grad(moving, theta, turned, retain_graph=True)
             if prior:
-                _, log_scale, groups, *factor = prior
-                out = out + precision_mv(v, log_scale.exp()[groups], *factor)
+                _, log_scale, of, *factor = prior
+                out = out + precision_mv(v, log_scale.exp()[of], *factor)
             return out
 
         return product

@@ -349,7 +349,7 @@ class JointVariational(Strategy):
         grads = [torch.zeros_like(t) for t in leaves]
         losses, solutions, spent = list[Tensor](), list[Solved](), 0
         keep = {name: table[name].clone() for name in ("rows", "visits")}
-        size = max(1, parts.LARGEST // (len(rule.points) * batch.tasks.mask.shape[1]))
+        size = parts.tasks_at_once(batch.tasks, len(rule.points))
         for number, part in enumerate(batch.split(size)):
             index = part.index.to(prior.loc.device)
             q = self._q(meta, prior, table["rows"][index])
@@ -404,7 +404,7 @@ class JointVariational(Strategy):
         tril: Tensor,
     ) -> TaskPosterior:
         rule = quadrature(prior.dim, prior.loc)
-        size = max(1, parts.LARGEST // (len(rule.points) * tasks.mask.shape[1]))
+        size = parts.tasks_at_once(tasks, len(rule.points))
         found = [
             solve(density, prior, shared, part, mean[rows], tril[rows], rule)
             for rows in torch.arange(len(tasks)).split(size)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
+from operator import add
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,37 +63,39 @@ def check_model(density: Density, tasks: Tasks) -> None:
     like: Any = {"generator": noise, "dtype": loc.dtype, "device": loc.device}
     _choose_how(density, tasks, partial(rows, loc + scale * torch.randn(len(loc), **like)))
     if density.joint:
-        batch_norm = getattr(density.model, "transductive", False)
-        _log.warning(
-            "observed site %r draws all rows of a task together: a task is the unit of scoring. %s",
-            density.observed[0],
-            "Its batch norm takes averages over them; batch_norm='frozen' and group norm do not"
-            if batch_norm
-            else "If rows are independent, put it in a plate over rows, without .to_event over "
-            "them",
-        )
-    deaf = set(range(len(sites)))
+        said, remedy = density.likelihood.together(), density.likelihood.taken_apart()
+        if getattr(density.model, "transductive", False):
+            remedy = (
+                "Its batch norm takes averages over them; batch_norm='frozen' and group norm do not"
+            )
+        _log.warning("%s: a task is the unit of scoring. %s", said, remedy)
+    deaf, groups = set(range(len(sites))), _groups(tasks)
     for _ in range(_TRIES):
         here, there = loc + scale * torch.randn(2, len(loc), **like)
+        before = [rows(here, group) for group in groups]
         more = 0 if density.joint else 1  # the rows of one draw are no matter of one another
-        wide = tasks._map(lambda t, more=more: torch.cat([t, t[:, :more]], dim=1))  # type: ignore[misc]
-        before, after = rows(here, tasks), rows(here, wide)[:, : tasks.mask.shape[1]]
-        if not torch.allclose(before, after, rtol=1e-3, atol=1e-3, equal_nan=True):
-            raise ValueError(
-                "model changes the log-likelihood of a row when another row is added, or from "
-                "call to call. Rows must be independent given the latents (tasks are padded to "
-                "a common length): compute means over rows and the like before, as inputs"
-            )
+        for group, nats in zip(groups, before, strict=True):
+            wide = group._map(lambda t, more=more: torch.cat([t, t[:, :more]], dim=1))  # type: ignore[misc]
+            after = rows(here, wide)[:, : group.mask.shape[1]]
+            if not torch.allclose(nats, after, rtol=1e-3, atol=1e-3, equal_nan=True):
+                raise ValueError(
+                    "model changes the log-likelihood of a row when another row is added, or from "
+                    "call to call. Rows must be independent given the latents (tasks are padded to "
+                    "a common length): compute means over rows and the like before, as inputs"
+                )
+        others = {k: torch.where(index == k, there, here) for k in deaf}
         deaf = {
             k
-            for k in deaf
-            if torch.equal(before, rows(moved := torch.where(index == k, there, here), tasks))
-            and not _feeds(density, sites[k].name, here[density.dim :], moved[density.dim :])
+            for k, other in others.items()
+            if all(torch.equal(b, rows(other, g)) for b, g in zip(before, groups, strict=True))
+            and not _feeds(density, sites[k].name, here[density.dim :], other[density.dim :])
         }
         if not deaf:
-            return _check_gradient(density, tasks, here)
+            return _check_gradient(density, groups, here)
         if tasks.inputs.is_floating_point():  # other inputs may show more than zeros, say
-            tasks = replace(tasks, inputs=tasks.inputs + torch.randn(tasks.inputs.shape, **like))
+            groups = [
+                replace(g, inputs=g.inputs + torch.randn(g.inputs.shape, **like)) for g in groups
+            ]
     site = sites[min(deaf)]
     raise ValueError(
         f"{site.role} site {site.name!r} does not reach the observed site "
@@ -117,13 +120,22 @@ def _feeds(density: Density, name: str, here: Tensor, there: Tensor) -> bool:
     return not all(torch.equal(a, b) for a, b in pairs)
 
 
+def _groups(tasks: Tasks) -> Sequence[Tasks]:
+    """The tasks, by their length where one padded tensor would be mostly padding."""
+    return (tasks,) if tasks.buckets is None else tasks.buckets.groups
+
+
 def _check_priors(density: Density, tasks: Tasks) -> None:
     """A latent's prior is one for all tasks: it must not change with a task's data.
 
     It is asked of data that are changed as well, since the tasks at hand may all be alike.
     """
     with on_a_batch():
-        here = _priors(density, tasks)
+        each = [_priors(density, group) for group in _groups(tasks)]
+    here = {
+        name: [torch.cat(parts) for parts in zip(*(e[name] for e in each), strict=True)]
+        for name in each[0]
+    }
     few = tasks.select(range(min(len(tasks), _FEW)))
     before = _priors(density, few)
     for what, changed in _changes(few):
@@ -186,7 +198,8 @@ def _choose_how(density: Density, tasks: Tasks, rows: Callable[[Tasks], Tensor])
     """
     try:
         _check_data(density, tasks)
-        rows(tasks)
+        for group in _groups(tasks):
+            rows(group)
         return
     except FailedOnABatch as error:
         first = error.__cause__
@@ -201,7 +214,8 @@ def _choose_how(density: Density, tasks: Tasks, rows: Callable[[Tasks], Tensor])
             if _same(rows, few, wanted):
                 return
             density._run_as("one by one")
-            rows(tasks)
+            for group in _groups(tasks):
+                rows(group)
         except FailedOnABatch as error:
             first = error.__cause__
             assert isinstance(first, Exception)
@@ -260,14 +274,14 @@ def _short(error: Exception) -> str:
     return reason(error).splitlines()[0].split(". ")[0].rstrip(".")
 
 
-def _check_gradient(density: Density, tasks: Tasks, flat: Tensor) -> None:
+def _check_gradient(density: Density, groups: Sequence[Tasks], flat: Tensor) -> None:
     """A site that changes the likelihood in steps, by rounding say, cannot be adapted."""
     sites = (*density.sites, *density.shared_sites)
     leaf = flat.detach().requires_grad_()
     with torch.enable_grad(), _OperationNames() as names:
-        theta = leaf[: density.dim].expand(len(tasks), -1)
-        total = density.log_likelihood(theta, tasks, leaf[density.dim :]).sum()
-        total = total + _of_priors(density, leaf[density.dim :])
+        theta, phi = leaf.split([density.dim, density.shared_dim])
+        each = [density.log_likelihood(theta.expand(len(g), -1), g, phi) for g in groups]
+        total = reduce(add, [nats.sum() for nats in each]) + _of_priors(density, phi)
     grad = torch.zeros_like(leaf)
     try:
         if total.requires_grad:

@@ -22,7 +22,7 @@ from varmeta.models.apart import draw
 from varmeta.models.capture import Captured
 from varmeta.models.check_model import check_model
 from varmeta.models.derivatives import EnergyFunction
-from varmeta.models.drawing import draw_observed
+from varmeta.models.drawing import CannotPredict, draw_observed
 from varmeta.models.gaps import PartlyObserved, has_gaps
 from varmeta.models.laws import law_in, law_parameters, law_with
 from varmeta.models.layers import mixed
@@ -36,6 +36,7 @@ from varmeta.models.sites import (
     run,
 )
 from varmeta.models.support import check_targets, finite_tasks
+from varmeta.models.trial import try_all
 from varmeta.pickling import require_picklable
 from varmeta.process import ignoring, pyro_untouched, validation_off
 from varmeta.seeds import OwnDraws, global_rng
@@ -59,8 +60,13 @@ class Density:
     Held-out rows are then a draw of their own, which is told nothing by the task's other rows but
     the latents.
 
+    When it is made, all that comes later is tried on two small tasks: a score, what was observed, a
+    prediction. A model that fits and cannot predict is said to be so once, in the log; scores then
+    go without draws, and `to_arviz` without `posterior_predictive`.
+
     Attributes:
-        joint: whether the rows of a task are one draw.
+        likelihood: what is observed.
+        cannot_predict: why targets cannot be drawn; None if they can.
         gaps: whether targets of several entries may be NaN in some of them: a row then counts by
             the others, as long as its law gives each entry a density of its own.
 
@@ -103,7 +109,7 @@ class Density:
         self.model, self._example = model, (x, y)
         self.target_shape = y.shape[1:]
         self.input_shape = x.shape[1:]
-        sites, self.observed, self.joint = read_sites(model, x, y, shared)
+        sites, self.likelihood = read_sites(model, x, y, shared)
         self.gaps = has_gaps(tasks.targets, tasks.mask)
         self.sites = tuple(s for s in sites if s.role == "adapted")
         self.shared_sites = tuple(  # in the data's type, so that their densities are too
@@ -117,9 +123,26 @@ class Density:
         self._how: How = "together"
         self._drawn_singly = False  # has been said
         self._step: int | None = None
+        self.cannot_predict: str | None = None
         check_model(self, tasks)
+        self.cannot_predict = try_all(self, tasks)
 
     # -- what there is ----------------------------------------------------------------------------
+
+    @property
+    def observed(self) -> tuple[str, ...]:
+        """Names of the observed sites, `pyro.factor` among them; their log densities add up."""
+        return self.likelihood.sites
+
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        """Names of the observed sites that have values, which can be predicted."""
+        return self.likelihood.drawn
+
+    @property
+    def joint(self) -> bool:
+        """Whether the rows of a task are one draw."""
+        return self.likelihood.joint is not None
 
     @property
     def dim(self) -> int:
@@ -213,8 +236,18 @@ class Density:
     def negative_log_likelihood(
         self, theta: Tensor, tasks: Tasks, shared: Tensor | None = None
     ) -> Tensor:
-        """f_i(θ_i): −log p(y_n | θ_i, φ) summed over rows, nats; `[..., T, D]` to `[..., T]`."""
-        return -self.log_likelihood(theta, tasks, shared).sum(-1)
+        """f_i(θ_i): −log p(y_n | θ_i, φ) summed over rows, nats; `[..., T, D]` to `[..., T]`.
+
+        Where most of the tasks' rows are padding, tasks of like length at a time.
+        """
+        buckets = tasks.buckets
+        if buckets is None:
+            return -self.log_likelihood(theta, tasks, shared).sum(-1)
+        shared = self.shared_init if shared is None else shared
+        self._check_shapes(theta, tasks, shared)
+        phis = [shared] * len(buckets.groups) if shared.dim() == 1 else buckets.split(shared)
+        each = zip(buckets.split(theta), buckets.groups, phis, strict=True)
+        return -buckets.join([self.log_likelihood(*given).sum(-1) for given in each])
 
     def shared_log_prior(self, shared: Tensor) -> Tensor:
         """log p(φ) under the user's own priors of the shared latents, nats; `[P]` to a scalar.
@@ -276,9 +309,12 @@ class Density:
         `vmap` cannot draw from is drawn one by one, which is slow and said in the log.
 
         Raises:
-            ValueError: theta or shared of another shape; a model that needs y.
-            NotImplementedError: a law that cannot be drawn from.
+            ValueError: theta or shared of another shape.
+            CannotPredict: a law that cannot be drawn from, a model that fails without y, or one
+                whose observed sites are `pyro.factor`.
         """
+        if self.cannot_predict is not None:
+            raise CannotPredict(self.cannot_predict)
         shared = self.shared_init if shared is None else shared
         self._check_shapes(theta, tasks, shared)
         # vmap's remarks on some distributions (binomial, gamma)
@@ -494,10 +530,10 @@ class Density:
         if self.joint and not bool(tasks.mask.all()):
             count = tasks.num_rows
             raise ValueError(
-                f"observed site {self.observed[0]!r} draws all rows of a task together, and tasks "
+                f"{self.likelihood.together()}, and tasks "
                 f"have {int(count.min())} to {int(count.max())} rows; wanted the same number in "
-                "each (that leaves out cross-validation, as of iMAML). If rows are independent, "
-                "put the site in a plate over rows, without .to_event over them"
+                "each (that leaves out cross-validation, as of iMAML). "
+                + self.likelihood.taken_apart()
             )
         got = (tuple(tasks.inputs.shape[2:]), tuple(tasks.targets.shape[2:]))
         if got != (tuple(self.input_shape), tuple(self.target_shape)):

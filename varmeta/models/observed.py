@@ -55,13 +55,22 @@ def predicted_sites(density: Density, tasks: Tasks) -> dict[str, int]:
     x = tasks.inputs[longest, tasks.mask[longest]]
     with torch.no_grad(), global_rng(generator(0, device=x.device)):
         trace = density._trace(density.prior_loc, density.shared_init, x, None)
-    nodes = {n: trace.nodes[n] for n in density.observed if not trace.nodes[n]["is_observed"]}
+    nodes = {n: trace.nodes[n] for n in density.drawn if not trace.nodes[n]["is_observed"]}
     laws = {name: _nominal(node["fn"]) for name, node in nodes.items()}
     return {name: 0 if law is None else int(law.logits.shape[-1]) for name, law in laws.items()}
 
 
+def every_row(node: Any) -> Tensor:
+    """The site's value, of all rows also where one is given for all of them."""
+    law, value = node["fn"], node["value"]
+    lead = value.shape[: value.dim() - law.event_dim]
+    shape = torch.broadcast_shapes(law.batch_shape, lead)
+    every: Tensor = value.expand(*shape, *value.shape[len(lead) :])
+    return every
+
+
 def observed_data(density: Density, tasks: Tasks) -> dict[str, Observed]:
-    """What the model takes from the targets, by observed site, padding included.
+    """What the model takes from the targets, by observed site that has values, padding included.
 
     A value that depends on latents is that at the prior that the user wrote.
 
@@ -75,8 +84,10 @@ def observed_data(density: Density, tasks: Tasks) -> dict[str, Observed]:
         theta: Tensor, shared: Tensor, x: Tensor, y: Tensor
     ) -> dict[str, tuple[Tensor, Tensor]]:
         nodes = density._trace(theta, shared, x, y).nodes
-        nominal.update({n: _nominal(nodes[n]["fn"]) is not None for n in density.observed})
-        return {n: (nodes[n]["value"], _seen(nodes[n])) for n in density.observed}
+        nominal.update({n: _nominal(nodes[n]["fn"]) is not None for n in density.drawn})
+        for name in density.drawn:
+            nodes[name]["value"] = every_row(nodes[name])
+        return {n: (nodes[n]["value"], _seen(nodes[n])) for n in density.drawn}
 
     each = over_tasks(values, 0, False, loop=density._how == "one by one")
     theta = density.prior_loc.expand(len(tasks), -1)

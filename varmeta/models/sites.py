@@ -16,13 +16,13 @@ from torch.distributions import biject_to, constraints
 from varmeta.checked import nearest
 from varmeta.models.apart import draw_here
 from varmeta.models.laws import law_in
+from varmeta.models.likelihood import SIZE, Likelihood, read_likelihood
 from varmeta.models.moments import unconstrained_moments, unconstrained_range
 from varmeta.process import ignoring, pyro_untouched
 from varmeta.seeds import generator, global_rng
 
 Model = Callable[..., Any]
 _PRIOR_DRAWS = 4001
-_SIZE = "Take the size of the plate over rows from x, as pyro.plate('rows', x.shape[-2])"
 _COARSE = 1e-4  # relative width of a prior below which single precision does not resolve it
 
 
@@ -119,7 +119,7 @@ def probe(model: Model, x: Tensor, y: Tensor, seed: int = 0, located: Sequence[s
             said = reason(error)
             raise ValueError(
                 f"model failed on one task with x of shape {tuple(x.shape)} ({x.dtype}) and y of "
-                f"shape {tuple(y.shape)} ({y.dtype}): {said}" + f". {_SIZE}" * ("plate(" in said)
+                f"shape {tuple(y.shape)} ({y.dtype}): {said}" + f". {SIZE}" * ("plate(" in said)
             ) from error
 
 
@@ -196,8 +196,8 @@ def _float_type(model: Model, x: Tensor) -> torch.dtype:
 
 def read_sites(
     model: Model, x: Tensor, y: Tensor, shared: Sequence[str]
-) -> tuple[list[Site], list[str], bool]:
-    """The model's sites, the names of its observed sites, and whether rows are one draw together.
+) -> tuple[list[Site], Likelihood]:
+    """The model's sites, and what is observed.
 
     Raises:
         ValueError: whatever cannot be a task model: no observed or no latent site, a discrete
@@ -214,7 +214,7 @@ def read_sites(
     except ValueError as error:
         raise ValueError(
             f"model runs on a task of {len(y)} rows and not on one of {len(y) + 1}: "
-            f"{reason(error.__cause__)}. {_SIZE}"  # type: ignore[arg-type]
+            f"{reason(error.__cause__)}. {SIZE}"  # type: ignore[arg-type]
         ) from error.__cause__
     observed = [
         name
@@ -238,8 +238,10 @@ def read_sites(
                 f"shared: no latent site {name!r}; the model has: {', '.join(sorted(names))}"
                 f"{nearest(name, sorted(names))}"
             )
-    joint = _is_joint(trace, observed, len(y))
-    joint = _is_joint(longer, observed, len(y) + 1) or joint
+    likelihood = read_likelihood(trace, observed, y)
+    more = read_likelihood(longer, observed, torch.cat([y, y[:1]]))
+    if likelihood.joint is None:  # of one row, which tells nothing
+        likelihood = more
     like = torch.empty((), dtype=_float_type(model, x), device=x.device)
     sites: list[Site] = []
     for name, node in trace.nodes.items():
@@ -270,7 +272,7 @@ def read_sites(
             "model has no latent site that adapts to a task; write at least one "
             "pyro.sample(name, prior) that is not listed in shared"
         )
-    return sites, observed, joint
+    return sites, likelihood
 
 
 def _same_law(one: Site, other: Site) -> bool:
@@ -321,36 +323,6 @@ def _check_latent(name: str, node: Any, longer: Any, rows: int) -> None:
             "shape follows the data. Sample it outside the plate over rows (a PyroSample must be "
             "read before the plate is entered)"
         )
-
-
-def _is_joint(trace: Any, observed: Sequence[str], rows: int) -> bool:
-    """Whether an observed site is one draw of all rows, as of a Gaussian process.
-
-    Raises:
-        ValueError: a log-likelihood that has neither one value per row nor one for all.
-    """
-    joint = False
-    for name in observed:
-        node = trace.nodes[name]
-        law, value = node["fn"], node["value"]  # whether the value can be is asked of all tasks
-        lead = value.shape[: value.dim() - law.event_dim]
-        try:
-            shape = tuple(torch.broadcast_shapes(law.batch_shape, lead))
-        except RuntimeError:
-            raise ValueError(
-                f"observed site {name!r} gets values of shape {tuple(value.shape)} for a law of "
-                f"batch shape {tuple(law.batch_shape)} and event shape {tuple(law.event_shape)}; "
-                f"wanted one value per row, a batch shape of ({rows},). {_SIZE}, and leave no "
-                "other plate around the observed site"
-            ) from None
-        joint |= not shape
-        if shape not in ((), (rows,)):
-            raise ValueError(
-                f"observed site {name!r} has a log-likelihood of shape {shape} for {rows} rows; "
-                f"wanted one value per row, shape ({rows},): put it in one plate over rows, "
-                "not within another plate, with .to_event(k) for targets of k dimensions"
-            )
-    return joint
 
 
 def _latent_site(name: str, node: Any, role: Any, like: Tensor) -> Site:

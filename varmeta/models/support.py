@@ -125,7 +125,22 @@ def _check_finite(tasks: Tasks) -> None:
 def _inside(
     density: Density, theta: Tensor, shared: Tensor, tasks: Tasks
 ) -> dict[str, tuple[Tensor, list[Tensor]]]:
-    """By observed site: `[T, N]`, whether a row's values are in the support, and its bounds."""
+    """By observed site: `[T, N]`, whether a row's values are in the support, and its bounds.
+
+    Where most rows are padding, tasks of like length at a time.
+    """
+    if tasks.buckets is not None:
+        groups = [_inside(density, theta, shared, group) for group in tasks.buckets.groups]
+        indices = tasks.buckets.order.split([len(group) for group in tasks.buckets.groups])
+        out = {}
+        for name in density.observed:
+            inside, bounds = torch.ones_like(tasks.mask), list[Tensor]()
+            for index, found in zip(indices, groups, strict=True):
+                part, more = found[name]
+                inside[index, : part.shape[1]] = part
+                bounds += more
+            out[name] = inside, bounds
+        return out
 
     def one(x: Tensor, y: Tensor) -> dict[str, tuple[Tensor, list[Tensor]]]:
         nodes = density._trace(theta, shared, x, y).nodes
