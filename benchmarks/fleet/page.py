@@ -157,7 +157,7 @@ def _wanted(rows: Sequence[Row], ran: Sequence[Row], prepared: Mapping[str, Prep
         ("long NUTS beside each", f"{len(known)} of {len(prepared)}", len(known) == len(prepared)),
         ("ML beside each", f"{len(best)} of {len(prepared)}", len(best) == len(prepared)),
         (
-            f"{' and '.join(WHOLE)}, which claim the whole posterior: within {SHIFT} sd and "
+            f"{_claimants()}, which claim the whole posterior: within {SHIFT} sd and "
             f"{RATIOS[0]} to {RATIOS[1]} of NUTS, or k̂ says no",
             f"{len(fine)} of {len(claims)}" if claims else "not run",
             len(fine) == len(claims) if claims else None,
@@ -249,7 +249,7 @@ def _worse(rows: Sequence[Row]) -> Iterator[str]:
 def _beside_nuts(rows: Sequence[Row]) -> Iterator[str]:
     yield (
         f"As NUTS: the median shift is at most {SHIFT} sd and the median sd ratio is from "
-        f"{RATIOS[0]} to {RATIOS[1]}. Only {' and '.join(WHOLE)} claim the whole posterior. The "
+        f"{RATIOS[0]} to {RATIOS[1]}. Only {_claimants()} claim the whole posterior. The "
         "others' posteriors are given a point of θ0, scales and shared values, and so are too "
         "narrow where the data do not tell these: k̂ cannot see that, and the strategies name the "
         "scales themselves. Each data set is counted in the first column that it fits."
@@ -409,3 +409,8 @@ def _table(
     if last_left:
         rule[-1] = "---"
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *lines))
+
+
+def _claimants() -> str:
+    """The strategies that claim the whole posterior, as a list in words."""
+    return f"{', '.join(WHOLE[:-1])} and {WHOLE[-1]}"

@@ -12,7 +12,7 @@ from varmeta.scores import KNOWN, NEW
 Records = Mapping[str, Mapping[str, Record]]
 Row = dict[str, Any]
 SHIFT, RATIOS, WORST_K, FAR = 0.1, (0.9, 1.1), 0.7, 2.0
-WHOLE = ("nuts", "svi")  # integrate over θ0, scales and φ; all others are given a point of them
+WHOLE = ("nuts", "svi", "nested-laplace")  # integrate over θ0, scales and φ; the others do not
 UNPOOLED, TOGETHER, ALL = "no-pooling", "complete-pooling", "compare"
 GLOBALS = ("loc_nuts", "scale_nuts", "shared_nuts", "loc_ml", "scale_ml", "shared_ml")
 _SETS = ((KNOWN, "known"), (NEW, "new"))
