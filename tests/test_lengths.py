@@ -52,6 +52,14 @@ def test_one_group_is_left_as_it_is(length: Tensor) -> None:
     assert lengths.alike(length, 2) is None
 
 
+def test_no_length_is_beyond_the_first_octave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the longest is: a logarithm of 1 may be rounded below 0."""
+    monkeypatch.setattr(lengths, "WORTH", 0)
+    for widest in range(3, 600):
+        groups = lengths.alike(torch.tensor([widest, widest, *[1] * 9]), 2)
+        assert groups is not None and [len(g) for g in groups] == [2, 9]
+
+
 def ragged(case: Case, rows: Tensor = LONG) -> Tasks:
     """The case's rows, over and over, as tasks of these lengths; holes among a task's rows, too."""
     data = case.tasks

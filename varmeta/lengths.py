@@ -68,7 +68,7 @@ def alike(length: Tensor, numbers: int) -> list[Tensor] | None:
     padded = count * widest
     if padded <= SHARE * rows or (padded - rows) * numbers <= WORTH:
         return None
-    octave = (widest / lengths.double()).log2().floor().long()
+    octave = torch.frexp((widest // lengths).double()).exponent - 1  # exactly, unlike log2
     ends = [*octave.bincount().cumsum(0).unique().tolist()]
     starts = [0, *ends[:-1]]
     while len(starts) > 1:  # a group at the end of `starts` is the shortest
