@@ -222,7 +222,8 @@ def predict(
     """Predict rows without a target: of known tasks, of new ones with some rows or with none.
 
     The rows are written with all of their columns, what their task is known by, and mean, standard
-    deviation and quantiles of each prediction. Rows with a target say more of their task.
+    deviation and quantiles of each prediction. Rows with a target say more of their task. The
+    model's file is run, as is a formula of the run: take runs from people you trust.
     """
     with _in_plain_words(debug):
         place = model or said(run, MODEL_PLACE)

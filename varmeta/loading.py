@@ -32,7 +32,8 @@ def load(
     """A fit that was saved, without training again.
 
     Files are read with `weights_only`: they hold tensors, numbers and texts, and nothing in them is
-    run. The model is yours to give, which is code.
+    run on loading. The model is yours to give, which is code. A formula is code too: that of the
+    run is evaluated when a new table is predicted, so take such files from people you trust.
 
     Args:
         path: a file that `Fit.save` wrote, or the folder of a `compare`.
