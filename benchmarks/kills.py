@@ -120,7 +120,7 @@ def short(name: str) -> Any:
     from varmeta.settings import STRATEGIES
 
     made = STRATEGIES[name]()
-    few = {"steps": 6, "adapt_steps": 4, "draws": 6, "warmup": 4, "chains": 1}
+    few = {"steps": 6, "adapt_steps": 4, "draws": 20, "warmup": 4, "chains": 1}
     return replace(made, **{f.name: few[f.name] for f in fields(made) if f.name in few})
 
 

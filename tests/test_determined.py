@@ -268,7 +268,7 @@ def test_a_comparison_says_it_and_calls_no_posterior_simply_exact() -> None:
     text = " ".join(str(result).split())
     assert "exact|Σ: q is exact for the learned prior held fixed" in text
     assert text.count("exact|Σ") == 2 and text.count("exact") == 3
-    assert "hardly tell from 0, so that sds are too small: LaplaceEvidence: effect" in text
+    assert "hardly tell the scale of effect (LaplaceEvidence) from 0" in text
 
 
 def test_scales_that_are_not_learned_are_not_asked_for() -> None:
