@@ -448,7 +448,7 @@ def test_a_comparison_shows_what_each_strategy_learned(tmp_path: Path) -> None:
 def test_the_group_is_the_table_and_survives_a_file(tmp_path: Path) -> None:
     run = made()
     exported = to_arviz(run, posterior=points(), draws=3)
-    found, table = group(exported, "shrinkage"), run.shrinkage(posterior=points()).table
+    found, table = group(exported, "shrinkage_data"), run.shrinkage(posterior=points()).table
     assert set(found.data_vars) == {*NUMBERS, "adapted"}
     assert found["module"].values.tolist() == ["left", "right"]
     assert all(v.dims == ("module",) for v in found.data_vars.values())
@@ -465,14 +465,14 @@ def test_the_group_is_of_the_tasks_exported() -> None:
     few = CASE.tasks.select([1, 2])
     passed = Delta(CASE.density, few.names, CASE.shared, tensor(MEANS[1:3]))
     for rows, query in ((few, few.query), (few.support, None)):
-        found = group(to_arviz(made(), rows, posterior=passed, draws=3), "shrinkage")["cost"]
+        found = group(to_arviz(made(), rows, posterior=passed, draws=3), "shrinkage_data")["cost"]
         table = made().shrinkage(few.support, posterior=passed, query=query).table
         assert_close(found, table["cost"], 1e-9)
 
 
 def test_no_group_of_too_many_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export_module, "MOST_MODULES", 1)
-    assert "shrinkage" not in groups_of(to_arviz(made(), posterior=points(), draws=3))
+    assert "shrinkage_data" not in groups_of(to_arviz(made(), posterior=points(), draws=3))
 
 
 def test_names_in_the_group() -> None:
@@ -480,7 +480,7 @@ def test_names_in_the_group() -> None:
     modules = Modules(names, DENSITY.site_index)
     run = unfitted(prior=GaussianPrior.from_density(DENSITY, scales=modules))
     q = Delta(DENSITY, TASKS.names, DENSITY.shared_init, run.prior.loc.expand(len(TASKS), -1))
-    found = group(to_arviz(run, posterior=q, draws=2), "shrinkage")
+    found = group(to_arviz(run, posterior=q, draws=2), "shrinkage_data")
     assert found["module"].values.tolist() == ["net.a", "net.b", "net.width"]
 
 
