@@ -25,7 +25,9 @@ from varmeta.verdict import verdict
 def table(**strategies: dict[str, Any]) -> pd.DataFrame:
     """With the columns that a verdict does not read."""
     found = verdict_table(**strategies)
-    return found.assign(rmse=1.0, gap=np.nan, seconds=1.0, gradients=10.0, elpd_se=0.1)
+    return found.assign(
+        carries="tasks", rmse=1.0, gap=np.nan, seconds=1.0, gradients=10.0, elpd_se=0.1
+    )
 
 
 class Page(HTMLParser):
@@ -94,6 +96,18 @@ def test_cells_are_sorted_by_their_values(run: Path) -> None:
     assert all(head["title"] for head in page.all("th"))
 
 
+def test_a_density_of_zero_is_no_exact_posterior(run: Path) -> None:
+    rows = {"A": near(0.0, 0.0), "B": near(np.inf, pareto_k=-np.inf), "C": near(0.1)}
+    table(**rows).to_csv(run / "table.csv", index=False)
+    page = Page(html_report(run, "mine"))
+    cells = dict(zip(page.cells, page.all("td"), strict=True))
+    assert cells["exact given Σ"]["data-value"] == "-Infinity"
+    assert [t for t in page.cells if t.startswith("−inf")] and page.cells.count(
+        "exact given Σ"
+    ) == 1
+    assert "<h1>mine</h1>" in html_report(run, "mine")
+
+
 def test_types_survive_the_file(run: Path) -> None:
     found = read_table(run / "table.csv")
     assert found["converged"].tolist() == [True, True, False]
@@ -112,7 +126,7 @@ def test_what_is_missing_or_broken_is_named(run: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"holds no table.csv; give the output folder"):
         html_report(run / "nowhere")
     (run / "table.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(BrokenFile, match=r"has no column 'converged'.*compare again"):
+    with pytest.raises(BrokenFile, match=r"has no column 'carries'.*compare again"):
         html_report(run)
     (run / "table.csv").write_text("")
     with pytest.raises(BrokenFile, match="is no table"):

@@ -391,7 +391,7 @@ def _write(comparison: Comparison, run: RunFolder, failed: Failures) -> None:
     write_figures(comparison, run.folder, failed.note, run.add)
     failed.forget_earlier(comparison.table["strategy"].unique())
     _write_table(comparison, run)
-    run.write("report.html", html_report(run.folder))
+    run.write("report.html", html_report(run.folder, run.home.resolve().name))
     if not comparison.failures:
         for name in comparison.outcomes:
             for part in PARTS:

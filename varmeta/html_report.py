@@ -17,10 +17,11 @@ from varmeta.files import BrokenFile, read_json
 from varmeta.verdict import verdict
 
 TABLE, MODULES, RUN = "table.csv", "modules.csv", "run.json"
-_WORDS = ("strategy", "posterior", "reason", "undetermined", "failed")
+_WORDS = ("strategy", "posterior", "carries", "reason", "undetermined", "failed")
 _SCORES = (  # name in the file, heading, form, name of its standard error, what it means
     ("strategy", "strategy", "", "", "Name of the strategy"),
     ("posterior", "posterior", "", "", "The form of a task's posterior"),
+    ("carries", "spread of", "", "", "Which part of what is not known its spread stands for"),
     (
         "elpd",
         "log density",
@@ -85,10 +86,14 @@ _PICTURES = (
 )
 
 
-def html_report(folder: Path) -> str:
+def html_report(folder: Path, title: str = "") -> str:
     """The page of a run, from the files that `varmeta.compare` or `varmeta compare` has written.
 
     It holds its pictures and its script and asks no network for anything.
+
+    Args:
+        folder: the run's.
+        title: of the page; the folder's name if empty.
 
     Raises:
         FileNotFoundError: the folder holds no run with a table.
@@ -114,7 +119,7 @@ def html_report(folder: Path) -> str:
         loader=jinja2.PackageLoader("varmeta"), autoescape=True, undefined=jinja2.StrictUndefined
     )
     return environment.get_template("report.html").render(
-        title=folder.resolve().name,
+        title=title or folder.resolve().name,
         summary=f"{len(names)} strategies, compared by varmeta {__version__} on the same tasks.",
         verdict=verdict(table),
         tables=tables,
@@ -162,7 +167,12 @@ def _scores(part: pd.DataFrame, which: str) -> dict[str, Any]:
         if entry[0] == "strategy" or not shown[entry[0]].map(_nothing).all()
     ]
     rows = [
-        [_cell(row[column], form, row.get(error)) for column, _, form, error, _ in used]
+        [
+            _exact()
+            if column == "pareto_k" and row[column] == -np.inf
+            else _cell(row[column], form, row.get(error))
+            for column, _, form, error, _ in used
+        ]
         for row in shown.to_dict("records")
     ]
     count = int(part["rows"].max())
@@ -194,10 +204,16 @@ def _cell(value: Any, form: str = ".3g", error: Any = None) -> dict[str, Any]:
     if isinstance(value, str):
         return {"text": value, "value": value, "words": len(value) > 30}
     number = float(value)
-    text = "exact given Σ" if number == -np.inf else f"{number:{form or '.3g'}}"
+    text = f"{number:{form or '.3g'}}"
     if error is not None and not _nothing(error):
         text += f" ± {error:{form}}"
-    return {"text": text.replace("-", "−"), "value": number, "words": False}
+    sorted_by = number if np.isfinite(number) else f"{'-' * (number < 0)}Infinity"
+    return {"text": text.replace("-", "−"), "value": sorted_by, "words": False}
+
+
+def _exact() -> dict[str, Any]:
+    """A Pareto k of minus infinity."""
+    return {"text": "exact given Σ", "value": "-Infinity", "words": False}
 
 
 def _nothing(value: Any) -> bool:

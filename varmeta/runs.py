@@ -49,6 +49,7 @@ class RunFolder:
 
     Attributes:
         folder: where the run's files lie.
+        home: where they lie once the run has taken its place.
 
     Raises:
         FileExistsError: the folder holds a finished run, an unfinished run of other settings, or
@@ -64,7 +65,7 @@ class RunFolder:
         *,
         overwrite: bool = False,
     ) -> None:
-        self._home, aside = folder, folder / _ASIDE
+        self.home, aside = folder, folder / _ASIDE
         self._stems = file_names(names)
         mine = json.loads(json.dumps(settings))
         if aside.is_symlink():
@@ -150,11 +151,11 @@ class RunFolder:
 
     def take_place(self) -> None:
         """Put the run where it belongs: the one that it replaces, if there is one, is removed."""
-        if self.folder != self._home:
+        if self.folder != self.home:
             self._manifest["complete"] = True  # from here on a kill does not undo it
             self._save()
-            self._manifest = _move(self.folder, self._home, self._manifest)
-            self.folder = self._home
+            self._manifest = _move(self.folder, self.home, self._manifest)
+            self.folder = self.home
 
     def _save(self) -> None:
         write(self.folder / _MANIFEST, json.dumps(self._manifest, indent=2))
