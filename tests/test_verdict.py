@@ -51,7 +51,13 @@ def test_each_set_of_tasks_has_a_ranking() -> None:
     ])  # fmt: skip
     said = verdict(both)
     assert said[0].startswith("On known tasks") and "B (by 0.500 ± 0.010) is worse" in said[0]
-    assert "B predicts best" in said[1] and "one task cannot say" in said[1]
+    assert "B predicts best" in said[1] and "one task does not tell strategies apart" in said[1]
+
+
+def test_what_worse_means_is_said_where_the_word_is() -> None:
+    assert MEANING not in verdict(table(A=near(0, 0, tasks=1), B=near(0.5, tasks=1)))
+    assert MEANING not in verdict(table(A=near(0, 0), B=near(0.001)))
+    assert MEANING in verdict(table(A=near(0, 0), B=near(0.5)))
 
 
 @pytest.mark.parametrize("noise", ["alike", "one far noisier"])

@@ -64,7 +64,7 @@ def _ranking(part: pd.DataFrame) -> str:
     begin = f"On {best['set']} ({what}) {best['strategy']} predicts best"
     begin += f", {_nats(best['elpd'])} a row"
     if tasks < 2:
-        return f"{begin}; one task cannot say whether the others are worse."
+        return f"{begin}; one task does not tell strategies apart."
     limit = least_errors(len(others), tasks)
     worse = others["elpd_diff"] < -limit * others["elpd_diff_se"]
     out = f"{begin}."
